@@ -1,0 +1,1518 @@
+# SPDX-License-Identifier: MIT
+"""StepGRPO in one file: teach a vision-language model to reason, with step-wise rewards and no judge.
+
+    python stepgrpo.py                                          # ten minutes on a laptop, nothing to download
+    python stepgrpo.py --model Qwen2-VL-2B --data my.jsonl      # a real checkpoint on one CUDA GPU
+    python stepgrpo.py --resume --out runs/tiny                 # go on where Ctrl-C stopped
+
+The method (R1-VL, arXiv 2503.12937), in the order of this file:
+
+    warm-up     fine-tune on reference paths, so that the policy knows the template             warm_up
+    rollout     sample a group of G reasoning paths for each image question                     rollout
+    rewards     score each path: key steps and answer (StepRAR), completeness and order (StepRVR)
+                                                                step_accuracy_reward, step_validity_reward
+    advantages  normalise the rewards inside each group                                         group_advantages
+    objective   clipped policy gradient, KL to the frozen warm-up policy (the reference)        grpo_loss
+
+Where this differs from the paper (P) or from its official code (C), and why:
+
+     1. P, C  clip of the ratio at 1 ± 0.2. It acts only for several inner updates per rollout; the default is one,
+              as in both, and then the ratio is 1 and the clip never bites.
+     2. C     a path without a final answer scores 0 in StepRAR, as the paper says (the code still pays α·k).
+     3. C     the final answer is read from its own section; the code searches the whole path, so that a right number
+              in a step can rescue a wrong answer.
+     4. C     key steps match whole words and whole numbers, after LaTeX, spacing and operators are folded; the code
+              looks for substrings ("2" in "12"). One step can earn only part of the key steps, so that a dump of
+              key words does not beat an honest path.
+     5. C     StepRVR also asks that description and rationale come first, that no section is empty, and for exactly
+              one answer with no step after it; the code pays an empty skeleton.
+     6. C     no prompt is cut: one that is too long is an error which names the row. Images become RGB.
+     7. C     log-probs use the sampling temperature (the 7B trainer there samples at another one).
+     8. C     one GPU and one process; all G paths of a question share one encoding of image and prompt, in sampling
+              (KV cache) and in the update (one packed forward).
+
+Letters in shape comments: Q questions, G paths per question, B = Q·G rows, P prompt tokens, C completion tokens,
+L tokens of a packed row, H hidden size, V vocabulary, K key-step groups.
+"""
+import argparse
+import collections
+import contextlib
+import functools
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from PIL import Image, ImageOps
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, DynamicCache, Qwen2Tokenizer,
+                          Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+
+HERE = Path(__file__).resolve().parent
+
+
+# ── 1. Template ──
+
+# Word for word from the official evaluation and the warm-up data: the quote that never closes and the space after the
+# last header are theirs.
+INSTRUCTION = """Generate an image description based on the question.
+Then, provide a rationale to analyze the question.
+Next, generate a step-by-step reasoning process to solve the problem. Ensure the steps are logical and concise.
+Finally, provide a concise summary of the final answer in the following format: 'The final answer is: xxx.
+
+Format your response with the following sections, separated by ###:
+### Image Description:
+### Rationales:
+### Let's think step by step.
+### Step 1:
+### Step 2:
+...
+### The final answer is: 
+
+{question}"""
+
+
+def build_instruction(question: str) -> str:
+    """The user's turn for one question, without the image. Needs INSTRUCTION."""
+    return INSTRUCTION.replace("{question}", question)  # not str.format: a question may hold braces of its own
+
+
+# ───────────────────────────────────────────────────── 2. Config ─────────────────────────────────────────────────────
+
+SHORT_NAMES = {
+    "Qwen2-VL-2B": "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-7B": "Qwen/Qwen2-VL-7B-Instruct",
+    "Qwen2.5-VL-3B": "Qwen/Qwen2.5-VL-3B-Instruct", "R1-VL-2B": "jingyiZ00/R1-VL-2B", "R1-VL-7B": "jingyiZ00/R1-VL-7B",
+}
+
+
+class Problem(Exception):
+    """Something the user can mend: says what is wrong, where, and what to do. main() prints it without a traceback."""
+
+
+def knob(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every setting, with the paper's value as default; `TINY` lists what `--model tiny` changes. This is --help."""
+    model: str = knob("tiny", "tiny, a short name (" + ", ".join(SHORT_NAMES) + "), a Hub id or a local folder")
+    data: str = knob("shapes", "training questions: shapes, a .json or .jsonl file (R1-VL-10K format), or a Hub id")
+    warmup_data: str = knob("", "reference paths for the warm-up (Mulberry or R1-VL-10K format); '' = those of shapes "
+                                "with --data shapes, else no warm-up")
+    out: str = knob("", "run folder; '' = runs/<name of the model>")
+    seed: int = knob(0, "of data order, sampling and the tiny model's initial weights")
+    device: str = knob("auto", "auto = cuda when there is one, else cpu")
+    dtype: str = knob("auto", "of weights in sampling and training: auto = bfloat16 on cuda, float32 on cpu")
+    resume: bool = knob(False, "go on with the run in --out, with the settings saved there")
+    overwrite: bool = knob(False, "delete the run in --out first")
+
+    warmup_steps: int = knob(-1, "updates of the warm-up; -1 = two epochs of the data (paper); 0 = none")
+    warmup_batch: int = knob(128, "paths per warm-up update (paper)")
+    warmup_lr: float = knob(1e-5, "peak learning rate of the warm-up, cosine (paper, 2B; 5e-6 for 7B)")
+    warmup_ratio: float = knob(0.03, "share of the warm-up in which its learning rate rises (official code)")
+
+    steps: int = knob(13125, "StepGRPO updates (official code)")
+    questions: int = knob(4, "Q, questions per update (official code, 2B; 16 for 7B)")
+    group_size: int = knob(4, "G, paths sampled per question (paper: M)")
+    temperature: float = knob(1.2, "of sampling, and of every log-prob in the objective (paper)")
+    max_new_tokens: int = knob(1024, "completion limit, tokens (paper)")
+    reward: str = knob("step", "step = StepRAR + StepRVR | outcome = right answer only (plain GRPO) | "
+                               "accuracy = StepRAR alone | validity = StepRVR alone")
+    alpha: float = knob(0.1, "weight of the matched key steps in StepRAR (paper)")
+    beta: float = knob(0.04, "weight of the KL to the reference (paper); 0 = no reference is held")
+    clip: float = knob(0.2, "ε, clip range of the ratio (ours: acts only when --inner-updates > 1)")
+    inner_updates: int = knob(1, "μ, optimiser steps per rollout (paper and official code: 1)")
+    lr: float = knob(1e-6, "peak learning rate of StepGRPO, linear decay to 0 (paper, official code)")
+    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this, here and in the warm-up (official code)")
+    skip_flat_groups: bool = knob(False, "draw other questions for groups whose rewards are all equal (ours; as DAPO)")
+
+    instruction: bool = knob(True, "wrap questions in the R1-VL instruction that asks for the template")
+    max_pixels: int = knob(400_000, "larger images are shrunk to this, pixels (official code)")
+    max_prompt_tokens: int = knob(2048, "longer prompts, image tokens included, are errors; nothing is ever cut (ours)")
+    skip_bad_rows: bool = knob(False, "go on without the rows that do not validate")
+    held_out: int = knob(200, "questions to evaluate on before and after, never trained on; 0 = no evaluation (ours)")
+
+    micro_batch: int = knob(1, "questions per forward and backward; any number gives the same gradient (memory, speed)")
+    gradient_checkpointing: bool = knob(True, "recompute activations in backward: less memory, one more forward")
+    offload_optimizer: bool = knob(False, "keep fp32 weights, gradients and moments in host memory (24 GB GPUs)")
+    save_every: int = knob(100, "updates between checkpoints")
+    show_every: int = knob(10, "updates between two printed sample paths")
+
+
+# What `--model tiny` changes. A million random weights need larger steps than two billion trained ones, and a task this
+# small needs fewer of them; the method is the same.
+TINY = dict(
+    warmup_steps=2000, warmup_batch=8, warmup_lr=2e-3, warmup_ratio=0.05,    # it must first learn to see
+    steps=60, questions=8, group_size=8, lr=1e-4,      # 2e-4 drifts; larger groups make up for short training
+    temperature=1.0,                                   # its distribution is broad already
+    beta=0.01,                                         # the warm-up policy is a weak anchor: let it go further
+    max_new_tokens=192, max_prompt_tokens=256,
+    instruction=False,                                 # the warm-up teaches the template, so 130 tokens are saved
+    micro_batch=8, gradient_checkpointing=False,      # it all fits in memory
+    held_out=500, save_every=50,
+)
+
+
+def parse_config(argv):
+    """Command line → Config. Flags are the field names; unknown flags and impossible values are errors."""
+    def parser(defaults):
+        p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for f in fields(Config):
+            default = defaults.get(f.name, f.default)
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+            p.add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"], **kind)
+        return p
+
+    first = parser({}).parse_args([a for a in argv if a not in ("-h", "--help")])
+    defaults = dict(TINY) if first.model == "tiny" else {}
+    cfg = Config(**vars(parser(defaults).parse_args(argv)))
+    cfg.out = cfg.out or f"runs/{Path(cfg.model).name}"
+    if cfg.resume:
+        cfg = resumed_config(cfg, parser, argv)
+    check_config(cfg)
+    return cfg
+
+
+def resumed_config(cfg, parser, argv):
+    """The settings saved in the run folder; flags given beside --resume change them, and are named."""
+    file = Path(cfg.out) / "config.json"
+    if not file.exists():
+        raise Problem(f"nothing to resume: {file} does not exist. Start the run without --resume, or name it with --out")
+    saved = json.loads(file.read_text())
+    new = Config(**(vars(parser(saved).parse_args(argv)) | {"out": cfg.out}))
+    for name in ("model", "data", "warmup_data", "seed"):
+        if getattr(new, name) != saved[name]:
+            raise Problem(f"--{name.replace('_', '-')} cannot change on --resume: {file} says {saved[name]!r}")
+    for name, value in asdict(new).items():
+        if value != saved[name] and name not in ("resume", "overwrite"):
+            print(f"resume: {name} {saved[name]!r} → {value!r}")
+    return new
+
+
+def check_config(cfg):
+    rules = [
+        (cfg.group_size >= 2, "--group-size must be at least 2: a path is judged against the others of its group"),
+        (cfg.reward in ("step", "outcome", "accuracy", "validity"), "--reward is step, outcome, accuracy or validity"),
+        (cfg.dtype in ("auto", "float32", "bfloat16"), "--dtype is auto, float32 or bfloat16"),
+        (cfg.temperature > 0, "--temperature must be above 0: greedy paths of a group are all the same"),
+        (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
+        (cfg.warmup_steps >= -1, "--warmup-steps is -1 (two epochs), 0 (none) or a number of updates"),
+        (cfg.clip < 1 and 0 <= cfg.warmup_ratio < 1, "--clip and --warmup-ratio lie below 1"),
+        (cfg.max_pixels >= 28 * 28, "--max-pixels must hold at least one image token, 28 × 28 = 784"),
+    ]
+    for name in ("questions", "max_new_tokens", "inner_updates", "micro_batch", "warmup_batch", "save_every",
+                 "show_every", "lr", "warmup_lr", "max_grad_norm", "clip", "max_prompt_tokens"):
+        rules.append((getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be above 0"))
+    for name in ("steps", "held_out", "alpha", "beta", "warmup_ratio"):
+        rules.append((getattr(cfg, name) >= 0, f"--{name.replace('_', '-')} must not be negative"))
+    wrong = [message for ok, message in rules if not ok]
+    if wrong:
+        raise Problem("; ".join(wrong))
+
+
+# ────────────────────────────────────────────────────── 3. Data ──────────────────────────────────────────────────────
+
+REFLECTIVE = "I think I have made a mistake. Let me rethink it."      # the official warm-up leaves such paths out
+
+
+class Row(NamedTuple):
+    """One question. `where` names file and row, for every message about it."""
+    where: str
+    problem: str
+    answer: str
+    path: str                # reference path, or the bare answer if the data holds no paths
+    key_steps: list          # groups of equivalent forms, [] if the data holds none
+    images: list             # paths of image files
+
+
+def read_records(file):
+    """A .json list or a .jsonl file → list of (where, record)."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        if Path(file).suffix == ".jsonl":
+            lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+            return [(f"{file} line {i}", json.loads(line)) for i, line in lines]
+        records = json.loads(text)
+    except (OSError, UnicodeDecodeError) as e:
+        raise Problem(f"cannot read {file}: {e}") from None
+    except json.JSONDecodeError as e:
+        raise Problem(f"{file} is not valid JSON: {e}") from None
+    if not isinstance(records, list):
+        raise Problem(f"{file} holds no list of records; data/README.md shows the format")
+    return [(f"{file} row {i}", record) for i, record in enumerate(records, 1)]
+
+
+def parse_record(where, record, folder):
+    """A record in R1-VL-10K or Mulberry (ShareGPT) format → Row. ValueError says what is wrong with it."""
+    if not isinstance(record, dict):
+        raise ValueError("is no JSON object")
+    if "messages" in record:
+        try:
+            turns = {m["role"]: m["content"] for m in record["messages"]}
+            problem, path, images = turns["user"], turns["assistant"], record.get("images", [])
+        except (KeyError, TypeError):
+            raise ValueError("'messages' must hold a user and an assistant turn with 'content'") from None
+    else:
+        missing = {"problem", "solution"} - record.keys()
+        if missing:
+            raise ValueError(f"has no {' and no '.join(map(repr, sorted(missing)))}")
+        problem, path, images = record["problem"], record["solution"], record.get("image_path", [])
+    if not isinstance(problem, str) or not isinstance(path, (str, int, float)):
+        raise ValueError("problem and solution must be text")
+    problem = problem.replace("<image>", "").split(INSTRUCTION.split("{question}")[0].rstrip().splitlines()[-1])[-1].strip()
+    path = str(path).strip()
+    answer = final_answer(path) if split_path(path).order else path
+    if not problem:
+        raise ValueError("the problem is empty")
+    if not answer:
+        raise ValueError("the solution holds no answer")
+    images = [folder / image for image in ([images] if isinstance(images, str) else images)]
+    for image in images:
+        if not image.is_file():
+            raise ValueError(f"image {image} does not exist")
+    return Row(where, problem, answer, path, parse_key_steps(record["key_steps"]) if "key_steps" in record else [], images)
+
+
+def read_rows(source, needs_key_steps=False):
+    """File or Hub id → (rows, complaints); a complaint is '(file) (row): what is wrong'."""
+    file = find_data(source)
+    rows, complaints = [], []
+    for where, record in read_records(file):
+        try:
+            row = parse_record(where, record, file.parent)
+            if needs_key_steps and not row.key_steps:
+                raise ValueError("has no key_steps; data/key_steps.py makes them, or choose --reward outcome")
+            rows.append(row)
+        except ValueError as e:
+            complaints.append(f"{where}: {e}")
+    return rows, complaints
+
+
+def find_data(source):
+    """shapes, a file, or a dataset on the Hub → the file to read. Draws the shapes set if it is not there yet."""
+    if source in ("shapes", "shapes/test", "shapes/warmup"):
+        folder = HERE / "data" / "shapes"
+        if not all((folder / f"{split}.json").exists() for split in ("train", "warmup", "test")):
+            print("drawing the shapes data set")
+            subprocess.run([sys.executable, HERE / "data" / "shapes.py"], check=True)
+        return folder / {"shapes": "train.json", "shapes/test": "test.json", "shapes/warmup": "warmup.json"}[source]
+    if Path(source).is_file():
+        return Path(source)
+    if source.count("/") != 1 or Path(source).suffix in (".json", ".jsonl"):
+        raise Problem(f"data file {source} does not exist")
+    try:
+        folder = Path(snapshot_download(source, repo_type="dataset"))
+    except (OSError, ValueError) as e:
+        raise Problem(f"cannot get data set {source} from the Hub ({type(e).__name__}). Offline, download it elsewhere "
+                      "and pass the file: --data FILE.json") from None
+    files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".jsonl"))
+    if len(files) != 1:
+        raise Problem(f"{folder} holds {len(files)} .json files; pass the one to use: --data FILE.json")
+    return files[0]
+
+
+def fitted_size(width, height, max_pixels):
+    """(width, height) of an image as the model gets it: at most max_pixels, and less than 200 times as long as wide."""
+    shrink = min(1.0, (max_pixels / (width * height)) ** .5)
+    width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
+    thinnest = math.ceil(max(width, height) / 199)
+    return max(width, thinnest), max(height, thinnest)
+
+
+def image_size(file, max_pixels):
+    """Size that load_image will give, from the file's header alone."""
+    with Image.open(file) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5           # EXIF orientation: a quarter turn
+        return fitted_size(*(image.size[::-1] if turned else image.size), max_pixels)
+
+
+def load_image(file, max_pixels):
+    """Image file of any mode and size → upright RGB image of `fitted_size`. Problem if it cannot be read."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(file))
+        if image.mode.startswith(("I", "F")):                  # 16 bits or floats: to the range of 8
+            low, high = image.getextrema()
+            scale = 255 / max(high - low, 1e-9)
+            image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
+        if image.has_transparency_data:                        # transparent means white, as on a page
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image, size = image.convert("RGB"), fitted_size(*image.size, max_pixels)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise Problem(f"cannot read image {file}: {e}") from None
+    return image if image.size == size else ImageOps.pad(image, size, Image.BICUBIC, color="white")
+
+
+def validate(splits, complaints, processor, cfg):
+    """Lists of rows → the same without rows that cannot be used; or stops and names all of those at once."""
+    good = [[] for _ in splits]
+    for rows, kept in zip(splits, good):
+        for row in tqdm(rows, "validate", unit="row", leave=False, delay=2):
+            try:
+                text = build_instruction(row.problem) if cfg.instruction else row.problem
+                tokens = processor.prompt_length(text, [image_size(file, cfg.max_pixels) for file in row.images])
+                if tokens > cfg.max_prompt_tokens:
+                    raise ValueError(f"the prompt has {tokens} tokens, --max-prompt-tokens is {cfg.max_prompt_tokens}")
+                kept.append(row)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+                complaints.append(f"{row.where}: {e}")
+    if complaints and not cfg.skip_bad_rows:
+        shown = complaints[:50] + [f"… and {len(complaints) - 50} more"] * (len(complaints) > 50)
+        raise Problem("\n  ".join([f"{len(complaints)} rows cannot be used:", *shown]) +
+                      "\nMend them (data/README.md shows the format), or go on without them: --skip-bad-rows")
+    if complaints:
+        print(f"skipped {len(complaints)} bad rows, the first: {complaints[0]}")
+    return good
+
+
+# ── 4. Segmentation and answers ──
+
+# A header opens a line. `##` without a known name is a foreign header: it only ends the section before it.
+# Linear time on hostile lines: only the leading class can be retried, a line has one start, and the tail never fails.
+_HEADER = re.compile(
+    r"^(?P<marks>[ \t#*]*)"
+    r"(?:(?:(?P<description>image +description)|(?P<rationale>rationales?)|step *(?P<number>\d{1,4})"
+    r"|(?P<reasoning>let['’‘]?s +think +step +by +step)|(?P<answer>the +final +answer +is))(?!\w)|(?<=##))"
+    r"[ \t]*\**[ \t]*(?:(?P<colon>[:：])|\.(?!\d))?\**",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+class Sections(NamedTuple):
+    """One sampled path, cut at its headers. None: the header is absent. '': nothing stands under it."""
+
+    description: str | None
+    rationale: str | None
+    steps: list[str]  # texts, in order of appearance
+    answer: str | None  # raw text of the LAST final-answer section
+    order: list[str]  # headers as they appear: description, rationale, reasoning, step 1, step 2, ..., answer
+
+
+def split_path(text: str) -> Sections:
+    """Cut a path into the sections of the template. The one place that reads headers.
+
+    Case, spaces, the number of #, bold and a missing colon are forgiven. The answer header also counts without #
+    when a colon or bold marks it; a sentence that merely begins 'The final answer is' does not.
+    Text before the first header, or under a foreign one, belongs to no section. Needs _HEADER, Sections.
+    """
+    headers = [
+        m for m in _HEADER.finditer(text)
+        if "#" in m["marks"] or (m["answer"] and (m["colon"] or "**" in m["marks"]))
+    ]
+    ends = [m.start() for m in headers[1:]] + [len(text)]
+    last, steps, order = {}, [], []
+    for header, end in zip(headers, ends):
+        body = text[header.end():end].strip()
+        name = next((n for n in ("description", "rationale", "reasoning", "answer") if header[n]), None)
+        if header["number"]:
+            name = f"step {int(header['number'])}"
+            steps.append(body)
+        if name:
+            last[name] = body
+            order.append(name)
+    return Sections(last.get("description"), last.get("rationale"), steps, last.get("answer"), order)
+
+
+_SYMBOLS = str.maketrans(
+    {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width letters and digits
+    | {ord(old): new for old, new in zip("−–×·⋅÷⁄—’‘", "--***//;''")}
+    | {ord(old): " " for old in '$"“”`&~'}
+    | {ord("²"): "^2", ord("³"): "^3", ord("½"): " 1/2", ord("√"): " √", ord("π"): " π "}
+)
+_WORDS = {  # symbol: the words and LaTeX commands that mean it
+    " * ": "times|cdot|multiplied by", " / ": "div|divided by", " + ": "plus", " - ": "minus",
+    " = ": "equals|is equal to|equal to", " √": "sqrt|square root of", " π ": "pi", "°": "circ|degrees?",
+    " % ": "percent", "≠": "neq", "≤": "leq", "≥": "geq",
+}
+_ONCE = [  # (pattern, replacement), applied in this order
+    (r"\{,\}|\\,(?=\d{3})", ","),  # LaTeX thousands: 1{,}234
+    (r"(?<![\d.,(\[])\d{1,3}(?:,\d{3})+(?!,?\d)", lambda m: m[0].replace(",", "")),  # 1,234 but not (100,200) or 1,2,3
+    (r"\n[ \t]*[-*•][ \t]+", " ; "),  # a bullet is not a minus
+    (r"\*\*+|\\(?:left|right|displaystyle|q?quad)(?![a-z])|\\[\\,;:! ()\[\]]|\s+", " "),  # bold, LaTeX layout
+    *((rf"\\?(?<![a-z])(?:{words})(?![a-z])", symbol) for symbol, words in _WORDS.items()),
+    (r"(?<=\d) ?x ?(?=\d)", "*"),  # 3 x 4
+    (r" ?\^ ?\{? ?° ?\}?", "°"),  # 90^{\circ}
+    (r"(?<=\w)'s\b", ""),  # the triangle's area
+]
+_NESTED = [  # repeated from the innermost braces outwards
+    (r"\\[dtc]?frac ?(?:\{([^{}]*)\}|(\d)) ?(?:\{([^{}]*)\}|(\d))", r" (\1\2)/(\3\4)"),  # space: 2\frac12 is 2 1/2
+    (r"([√^]) ?\{([^{}]*)\}", r"\1(\2)"),
+    (r"_ ?\{([^{}]*)\}", r"_\1"),  # an index belongs to its word: x_1 is one token
+    (r"\\(?:text|math|boxed|mbox|operatorname)[a-z]* ?\{([^{}]*)\}", r" \1 "),
+    (r"(?<![\w)])\( ?(-? ?√? ?\w+(?:\.\w+)?) ?\)", r" \1 "),  # (3) is 3, but 2(3) is no 23
+    (r"(?<![\w)^√/])\(([\w. √]+)\)(?= ?/)", r" \1 "),  # (2√3)/5 is 2√3/5
+    (r" +", " "),
+]
+_TOKEN = re.compile(  # a number, signed after a word ('is -3'); a word with its index or n't; any other sign
+    r"(?:(?<=[a-z]{2} )-)?\d+(?:\.\d+)?(?:e[-+]?\d+\b)?|\.\d+|[^\W\d]\w*(?:'\w+)?|[^\w\s\\{}#']"
+)
+
+
+@functools.lru_cache(maxsize=8192)                          # the same forms are asked for with every path of a group
+def canonical(text: str) -> str:
+    """One plain spelling for all ways to write the same words and formulas: tokens joined by single spaces.
+
+    '\\frac{6}{3} = 2', '6÷3=2' and '6 divided by 3 equals 2' all become '6 / 3 = 2'. A number is one token, so
+    whoever compares whole tokens never finds 3 in 13, 3.5, 1,300 or -3. Nothing is evaluated: '9**9**9' is text.
+    Time is linear in the text; callers bound its length. Needs _SYMBOLS, _ONCE (from _WORDS), _NESTED, _TOKEN.
+    """
+    text = text.lower().translate(_SYMBOLS)
+    for pattern, plain in _ONCE:
+        text = re.sub(pattern, plain, text)
+    for _ in range(6):  # honest formulas nest two or three deep; a bound keeps hostile ones from costing more
+        before = text
+        for pattern, plain in _NESTED:
+            text = re.sub(pattern, plain, text)
+        if text == before:
+            break
+    tokens = (t.rstrip("0").rstrip(".") if "." in t[1:] and "e" not in t else t for t in _TOKEN.findall(text))
+    text = " ".join(tokens)  # 3.50 has become 3.5
+    # Nothing or an operator before + or -: it is the sign of the number, not a sum. '= - 3' gives '= -3'.
+    text = re.sub(r"(?<![\w)\]%°!] )(?:(-)|\+) (?=[\d.])", r"\1", text)
+    text = re.sub(r" \*(?= [^\W\d]| √| \()|(?<=[^\W\d]) \*", "", text)  # 2 * x is 2x
+    return text.rstrip(" .,;:")
+
+
+def strip_decoration(text: str) -> str:
+    """Remove what surrounds an answer: bold, $, quotes, \\( \\), \\[ \\], \\boxed{}, \\text{}, a trailing period."""
+    for _ in range(8):  # layers; each round peels at least one
+        before = text
+        text = text.strip(" \t\r\n*$`\"'“”‘’").rstrip(".")
+        if text[:2] + text[-2:] in (r"\(\)", r"\[\]"):
+            text = text[2:-2]
+        text = re.sub(r"\A\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{[^{}]*\})*)\}\Z", r"\1", text)
+        if text == before:
+            break
+    return text
+
+
+def final_answer(text: str) -> str | None:
+    """The answer a path commits to: what stands under its LAST answer header, undecorated; None when there is none.
+
+    Only the header counts. The official code searches the whole completion, so a right number in a step rescues
+    a wrong answer. Needs split_path, strip_decoration.
+    """
+    return strip_decoration(split_path(text).answer or "") or None
+
+
+# 'C', '(C)', 'C.', 'C: 123', '(C) 123', 'option C'; 'A dog' is no option. A second marker means no choice was made.
+_OPTION = re.compile(r"(?:(?:option|choice) +)?(?:\(([a-h])\)|([a-h])(?=[.:)]|\Z))[.:)]?(.*)", re.I | re.S)
+_MARKER = re.compile(r"\([a-h]\)|\b[A-H][.:)]")
+
+
+def split_option(text: str) -> tuple[str, str]:
+    """'(C) 123' -> ('c', ' 123'); 'C' -> ('c', ''); ('', text) when no option is chosen. Needs _OPTION, _MARKER."""
+    match = _OPTION.fullmatch(text)
+    if not match or _MARKER.search(match[3]):
+        return "", text
+    return (match[1] or match[2]).lower(), match[3]
+
+
+# Digits and exponents are bounded: int() refuses 4,301 digits, and 1e999999999 would fill the memory.
+_NUM = r"-?(?:\d{1,60}(?:\.\d{1,60})?|\.\d{1,60})(?:e[-+]?\d{1,3})?"
+_UNIT_WORD = (  # any longer word may name what is counted, but short ones are often variables: 5x, 2ab
+    r"(?!(?:and|not|squared|cubed|hundred|thousand|million|billion)\b)[^\W\d_]{3,}"
+    r"|[mgslhvwjcf]|[cdkmn]m|[km]g|ml|ft|in|hr|hz|am|pm|mi|lb|oz|of|°|%|/"
+)
+_QUANTITY = re.compile(
+    rf"(?:(-?\d{{1,60}}) (?=\d+ / ))?({_NUM})(?: / ({_NUM}))?((?: (?:{_UNIT_WORD})(?![^ ])(?: \^ -?[23])?){{0,4}})"
+)
+_SHORT_UNITS = [("centi", "c"), ("kilo", "k"), ("milli", "m"), ("metre", "m"), ("meter", "m"), ("gram", "g"),
+                ("second", "s"), ("hour", "h"), ("litre", "l"), ("liter", "l")]
+_NAMED = re.compile(r"(?:([^\d=]*) = )?(.*)")  # 'x = 3': a name and a value
+
+
+def parse_quantity(text: str) -> tuple[Fraction, str] | None:
+    """Exact value and unit of a canonical text: '3 / 4', '1 1 / 2', '1.5 * 10 ^ 3', '5 cm ^ 2'; None if not a number.
+
+    Needs _QUANTITY (from _NUM and _UNIT_WORD), _SHORT_UNITS.
+    """
+    match = _QUANTITY.fullmatch(text.replace(" * 10 ^ ", "e"))
+    if not match or (match[3] and Fraction(match[3]) == 0):
+        return None
+    whole, top, bottom, unit = match.groups()
+    value = Fraction(top) / Fraction(bottom or 1)
+    if whole:  # a mixed number; its sign covers both parts
+        value = Fraction(whole) + (-value if whole.startswith("-") else value)
+    unit = re.sub(r"(?<=\w\w)s\b", "", unit.strip())  # apples, apple
+    for long, short in _SHORT_UNITS:
+        unit = unit.replace(long, short)
+    return value, unit
+
+
+def same_answer(a: str | None, b: str | None) -> bool:
+    """Whether two answers say the same (ours). Symmetric; empty and None equal nothing, not even each other.
+
+    Option letters decide when both sides have one, and texts behind them must not differ; when one side has none,
+    the text behind the other's letter is compared.
+    Numbers are compared exactly, as fractions: 0.5 is 1/2, 0.333 is not 1/3. Units may be left out but not differ;
+    50% is 50 and 0.5. 'x = 3' is 3. Everything else, also roots and π, is compared as canonical text, whole: never
+    by containment, and never by eval. Needs strip_decoration, split_option, canonical, _same_value.
+    """
+    a, b = strip_decoration(a or ""), strip_decoration(b or "")
+    if not a or not b:
+        return False
+    if max(len(a), len(b)) > 1000:  # no honest answer: do not spend time on it
+        return a == b
+
+    (letter_a, value_a), (letter_b, value_b) = split_option(a), split_option(b)
+    value_a, value_b = canonical(value_a), canonical(value_b)
+    same_value = bool(value_a and value_b) and _same_value(value_a, value_b)
+    if letter_a and letter_b:
+        return letter_a == letter_b and (same_value or not value_a or not value_b)
+    return same_value
+
+
+def _same_value(a: str, b: str) -> bool:
+    """same_answer for two canonical texts without option letters. Needs parse_quantity, _NAMED."""
+    (name_a, a), (name_b, b) = (_NAMED.fullmatch(side).groups() for side in (a, b))
+    if name_a and name_b and name_a != name_b:  # x = 3 is not y = 3
+        return False
+    quantity_a, quantity_b = parse_quantity(a), parse_quantity(b)
+    if not quantity_a or not quantity_b:
+        return a == b
+    (number_a, unit_a), (number_b, unit_b) = quantity_a, quantity_b
+    if unit_a and unit_b:
+        return quantity_a == quantity_b
+    percent, plain = (number_a, number_b) if unit_a else (number_b, number_a)
+    return number_a == number_b or ("%" in (unit_a, unit_b) and percent == 100 * plain)
+
+
+# ── 5. Key steps and rewards ──
+
+_NEGATION = re.compile(r"not?|never|without|cannot|neither|nor|≠|\w+n't")
+_CLAUSE_ENDS = {".", ",", ";", ":", "!", "?", "but"}
+_JOINS = {"+", "-", "*", "/", "^", "√"}
+
+
+def parse_key_steps(value: object) -> list[list[str]]:
+    """Key steps as users bring them -> groups of equivalent forms. ValueError says what is wrong and where.
+
+    Takes a list of groups (each a list of forms or one bare string), or the dict of R1-VL-10K, also alone in a
+    list; of that dict only "Steps" is used. Needs canonical.
+    """
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = value[0]
+    if isinstance(value, dict):
+        if "Steps" not in value:
+            raise ValueError(f'key steps: no "Steps" among {sorted(map(str, value))}')
+        value = value["Steps"]
+    if not isinstance(value, list):
+        raise ValueError(f"key steps: expected a list of groups, not {type(value).__name__}")
+    if not value:
+        raise ValueError("key steps: no groups at all")
+    groups = [[group] if isinstance(group, str) else group for group in value]
+    for i, group in enumerate(groups, start=1):
+        if not isinstance(group, list):
+            raise ValueError(f"key steps: group {i} is not a list but {type(group).__name__}")
+        if not group:
+            raise ValueError(f"key steps: group {i} is empty")
+        for j, form in enumerate(group, start=1):
+            if not isinstance(form, str):
+                raise ValueError(f"key steps: group {i}, form {j} is not a string but {type(form).__name__}")
+            if not canonical(form):  # '' or '$$' would be found in every step
+                raise ValueError(f"key steps: group {i}, form {j} has no word, number or symbol: {form!r}")
+    return groups
+
+
+def states(step: list[str], form: list[str]) -> bool:
+    """Whether a step says a form, both as canonical tokens. Needs _NEGATION, _CLAUSE_ENDS, _JOINS.
+
+    Not when one of the three words before it, in the same clause, negates it (unless the form is a negation itself),
+    and not when an equation is only a part of a longer one: 'x = 3' in '2x = 3', '7 - 3 = 4' in '7 - 3 = 4 / 2'.
+    """
+    size = len(form)
+    for i in range(len(step) - size + 1):
+        if step[i] != form[0] or step[i:i + size] != form:
+            continue
+        before, after = step[max(0, i - 3):i], step[i + size:i + size + 1]
+        clause = takewhile(lambda word: word not in _CLAUSE_ENDS, reversed(before))
+        if any(map(_NEGATION.fullmatch, clause)) and not any(map(_NEGATION.fullmatch, form)):
+            continue
+        if "=" in form:
+            coefficient = before and before[-1][-1].isdigit() and len(form[0]) == 1 and form[0].isalpha()
+            if coefficient or _JOINS & set(before[-1:] + after):
+                continue
+        return True
+    return False
+
+
+def matched_key_steps(text: str, key_steps: list[list[str]]) -> list[int | None]:
+    """For each of the K groups, the index of the step that earned it, or None.
+
+    A group can be earned by any step that states one of its forms; text outside the steps does not count. One step
+    earns at most max(2, ceil(K/3)) groups (ours): otherwise the best policy is a single step that lists all key
+    words, which no reader would call reasoning. Groups go to steps so that as many as possible are earned, so an
+    honest path hardly meets the cap. It does not stop a path that spreads the same words over several steps.
+    The official code looks for plain substrings, so '2' matches in '12'. Needs split_path, canonical, states.
+    """
+    key_steps = parse_key_steps(key_steps)
+    text = text[:10_000]  # twice what 1024 tokens of prose fill; bounds the time a hostile path can take
+    steps = [canonical("\n" + step).split() for step in split_path(text).steps]  # \n: a bullet may open the step
+    groups = [[canonical(form).split() for form in group] for group in key_steps]
+    homes = [[i for i, step in enumerate(steps) if any(states(step, form) for form in group)] for group in groups]
+
+    capacity = max(2, -(-len(groups) // 3))
+    earned: list[int | None] = [None] * len(groups)
+    for group, home in enumerate(homes):
+        # Breadth-first search for a step with room. A full step may pass one of its groups on to another home of it.
+        mover = dict.fromkeys(home, group)  # step -> the group that would move there
+        queue = list(mover)
+        for step in queue:
+            if earned.count(step) < capacity:
+                while step is not None:  # walk back to `group`, whose step is still None
+                    earned[mover[step]], step = step, earned[mover[step]]
+                break
+            for other in (g for g, s in enumerate(earned) if s == step):
+                fresh = [s for s in homes[other] if s not in mover]
+                mover.update(dict.fromkeys(fresh, other))
+                queue.extend(fresh)  # the loop above goes on into what is added here
+    return earned
+
+
+def match_key_steps(text: str, key_steps: list[list[str]]) -> float:
+    """k of Eq. 2: matched groups / all groups, in [0, 1]. ValueError for malformed key steps. Needs matched_key_steps."""
+    earned = matched_key_steps(text, key_steps)
+    return sum(step is not None for step in earned) / len(earned)
+
+
+def step_accuracy_reward(text: str, answer: str, key_steps: list[list[str]], alpha: float = 0.1) -> float:
+    """StepRAR (paper, Eq. 2): 1 + alpha * k for the right answer, alpha * k for a wrong one, 0 without an answer.
+
+    The official code forgets the third case and pays alpha * k to a path that never answers.
+    ValueError when the ground truth is empty. Needs final_answer, same_answer, match_key_steps.
+    """
+    if not strip_decoration(answer):
+        raise ValueError(f"the ground-truth answer is empty: {answer!r}")
+    prediction = final_answer(text)
+    if prediction is None:
+        return 0.0
+    return float(same_answer(prediction, answer)) + alpha * match_key_steps(text, key_steps)
+
+
+def step_validity_reward(text: str) -> float:
+    """StepRVR (paper, Eq. 3): 1 if the path is complete and logical, else 0. Needs split_path, final_answer.
+
+    Complete: description, rationale, at least one step and an answer, none of them empty. Logical: description and
+    rationale first, then steps 1..n in order, then one answer, then nothing. The official code also pays for an
+    empty skeleton, a step after the answer and two answers.
+    """
+    path = split_path(text)
+    complete = path.description and path.rationale and path.steps and all(path.steps) and final_answer(text)
+    order = [name for name in path.order if name != "reasoning"]  # "Let's think step by step" is only a heading
+    steps_then_answer = [f"step {i + 1}" for i in range(len(path.steps))] + ["answer"]
+    logical = sorted(order[:2]) == ["description", "rationale"] and order[2:] == steps_then_answer
+    return 1.0 if complete and logical else 0.0
+
+
+# ──────────────────────────────────── 6. Model: checkpoints, prompts, M-RoPE positions ────────────────────────────────────
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                  "<|image_pad|>", "<|video_pad|>"]
+EOS_TOKENS = ["<|im_end|>", "<|endoftext|>"]            # Qwen2-VL ends a turn with either
+SYSTEM_TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
+class Prompt(NamedTuple):
+    """One question as the model takes it: P prompt tokens, and the patches of its images one after the other."""
+    ids: torch.Tensor                # (P,) token ids, <|image_pad|> once per image token
+    positions: torch.Tensor          # (3, P) M-RoPE positions: time, height, width
+    is_image: torch.Tensor           # (P,) bool, True on image tokens
+    pixels: torch.Tensor | None      # (patches, patch_dim); None without images
+    grids: torch.Tensor | None       # (images, 3): t, h, w in patches
+
+
+def mrope_positions(is_image, grids, merge):
+    """M-RoPE positions of a prompt: is_image (P,) bool, grids (images, 3) in patches or None → (3, P) long.
+
+    Text counts up in all three axes; an image spans a t × h × w box, and text goes on at its largest coordinate + 1.
+    So an image of 100 tokens may advance the position by only 10: a position can never be told from a token's index,
+    neither here nor in cached decoding. Source: Qwen2-VL report, section 2.1.
+    """
+    positions, start, i = torch.empty(3, len(is_image), dtype=torch.long), 0, 0
+    for t, h, w in [] if grids is None else grids.tolist():
+        h, w = h // merge, w // merge
+        first = i + int(is_image[i:].nonzero()[0])
+        positions[:, i:first] = torch.arange(start, start + first - i)
+        start, i = start + first - i, first + t * h * w
+        box = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+        positions[:, first:i] = torch.stack(box).reshape(3, -1) + start
+        start += max(t, h, w)
+    positions[:, i:] = torch.arange(start, start + len(is_image) - i)
+    return positions
+
+
+class Processor:
+    """Tokenizer and image processor of a checkpoint. (AutoProcessor, which joins them too, needs torchvision.)"""
+
+    def __init__(self, tokenizer, image_processor, vocabulary):
+        self.tokenizer, self.image_processor, self.merge = tokenizer, image_processor, image_processor.merge_size
+        self.special = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+        self.eos = [self.special[token] for token in EOS_TOKENS]
+        # Ids that no path may hold: an image token would ask for pixels in the next forward, and the embedding has rows
+        # past the tokenizer's last id that mean nothing. (V,) True = banned
+        self.banned = torch.zeros(vocabulary, dtype=torch.bool)
+        self.banned[len(tokenizer):] = True
+        self.banned[[self.special[token] for token in SPECIAL_TOKENS if token not in EOS_TOKENS]] = True
+
+    def text_ids(self, text, layout=False):
+        """Token ids of a text. Special tokens count only in our own layout; in user text they are plain characters."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not layout)["input_ids"]
+
+    def path_ids(self, text):
+        """Reference path → (C,) ids, closed by EOS."""
+        return torch.tensor(self.text_ids(text) + self.eos[:1])
+
+    def prompt(self, text, images=()):
+        """Chat layout of Qwen2-VL: system turn, images and text of the user, the opened assistant turn → Prompt."""
+        ids, pixels, grids = self.text_ids(SYSTEM_TURN + "<|im_start|>user\n", layout=True), None, None
+        if images:
+            features = self.image_processor(images=list(images), return_tensors="pt")
+            pixels, grids = features["pixel_values"], features["image_grid_thw"]
+            for n in (grids.prod(-1) // self.merge**2).tolist():
+                ids += self.text_ids("<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>", layout=True)
+        ids += self.text_ids(text) + self.text_ids("<|im_end|>\n<|im_start|>assistant\n", layout=True)
+        is_image = torch.tensor(ids) == self.special["<|image_pad|>"]
+        return Prompt(torch.tensor(ids), mrope_positions(is_image, grids, self.merge), is_image, pixels, grids)
+
+    def prompt_length(self, text, sizes):
+        """Tokens of `prompt` for images of these (width, height), without reading their pixels."""
+        patches = sum(self.image_processor.get_number_of_image_patches(h, w) for w, h in sizes)
+        return len(self.prompt(text).ids) + patches // self.merge**2 + 2 * len(sizes)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def make_prompt(processor, row, cfg):
+    """Row → Prompt, with the images read and the question in its instruction."""
+    text = build_instruction(row.problem) if cfg.instruction else row.problem
+    return processor.prompt(text, [load_image(file, cfg.max_pixels) for file in row.images])
+
+
+def load_model(name, device, dtype, max_pixels):
+    """Short name, Hub id, checkpoint folder or run folder → (model in eval mode, Processor)."""
+    source = SHORT_NAMES.get(name, str(name))
+    if (Path(source) / "checkpoint").is_dir():
+        source = str(Path(source) / "checkpoint")
+    if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise Problem(f"no model {name!r}: pass a folder, a Hub id (owner/name) or one of {', '.join(SHORT_NAMES)}")
+    try:
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind not in ("qwen2_vl", "qwen2_5_vl"):
+            raise Problem(f"{name} is a {kind} model; this script trains qwen2_vl and qwen2_5_vl")
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        # max_pixels takes effect only here: set later, some versions ignore it.
+        images = Qwen2VLImageProcessorPil.from_pretrained(source, max_pixels=max_pixels)
+    except OSError as e:
+        raise Problem(f"cannot load model {source}: it is neither a complete checkpoint folder nor in the Hub cache, and "
+                      f"the Hub did not give it ({str(e).splitlines()[0]})") from None
+    return model, Processor(tokenizer, images, model.config.get_text_config().vocab_size)
+
+
+def save_model(model, processor, folder):
+    """An ordinary transformers folder, which from_pretrained loads."""
+    for part in (model, processor.tokenizer, processor.image_processor):
+        part.save_pretrained(folder)
+
+
+def build_tiny(folder, texts, seed):
+    """Writes a Qwen2-VL checkpoint of about a million random weights, with a tokenizer trained on `texts`."""
+    tokenizer = Qwen2Tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=SPECIAL_TOKENS)
+    tokenizer = tokenizer.train_new_from_iterator([*texts, SYSTEM_TURN, "user\nassistant\n"], vocab_size=512,
+                                                  show_progress=False)
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
+           ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}
+    # With the usual 0.02 a model this small does not learn to see in minutes; with 0.1 it does.
+    wide = {"initializer_range": 0.1}
+    config = Qwen2VLConfig(
+        # Short positions: a small theta and most frequencies for height and width let neighbouring cells be told apart.
+        text_config=dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=len(tokenizer), tie_word_embeddings=True,
+                         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 5, 9]},
+                         bos_token_id=None, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"], **wide),
+        vision_config=dict(depth=2, embed_dim=64, num_heads=4, hidden_size=128, mlp_ratio=2, **wide),
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True, **wide)
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(config)
+    save_model(model, Processor(tokenizer, Qwen2VLImageProcessorPil(), len(tokenizer)), folder)
+
+
+def embed(model, ids, is_image, prompts):
+    """Token embeddings with image features in their places: ids (Q, T) → (Q, T, H). One pass of the vision tower."""
+    embeds = model.get_input_embeddings()(ids)
+    pixels = [p.pixels for p in prompts if p.pixels is not None]
+    if pixels:
+        grids = torch.cat([p.grids for p in prompts if p.grids is not None]).to(ids.device)
+        features = model.model.get_image_features(torch.cat(pixels).to(ids.device, embeds.dtype), grids).pooler_output
+        embeds = embeds.masked_scatter(is_image[..., None], torch.cat(tuple(features)).to(embeds.dtype))
+    return embeds
+
+
+def additive(allowed, dtype):
+    """Boolean mask → what attention adds to its scores. (A boolean one is silently wrong with eager attention.)"""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def tempered_logps(logits, temperature, banned):
+    """log-softmax of logits / T without the banned ids, fp32: what is sampled from, and what every log-prob here means."""
+    return torch.log_softmax((logits.float() / temperature).masked_fill(banned, -torch.inf), -1)
+
+
+# ─────────────────────────────────────────────── 7. Rollout with a KV cache ───────────────────────────────────────────────
+
+class Rollout(NamedTuple):
+    """What `rollout` sampled: for each of Q questions a list of G paths."""
+    ids: list        # of G tensors (C,): the sampled ids, up to and including EOS, kept and never re-encoded from text
+    texts: list      # of G strings
+    logps: list      # of G tensors (C,): log-prob of each token as it was sampled
+
+
+@torch.no_grad()
+def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1.2, generator=None, bar=None):
+    """Samples `group_size` paths for each of Q prompts → Rollout. temperature 0 is greedy (log-probs then at 1).
+
+    Image and prompt are encoded once per question; then its part of the KV cache is repeated for its G paths, and each
+    step feeds one token per path. A path ends at either EOS or after max_new_tokens. generator: of the model's device.
+    The checkpoint's generation_config (the published one has top_k 1) plays no part. RuntimeError without a cache.
+    """
+    device, Q, B = model.device, len(prompts), len(prompts) * group_size
+    was_training = model.training
+    model.eval()                     # in train() gradient checkpointing would drop the cache, with only a warning
+    P = max(len(p.ids) for p in prompts)
+    ids, positions = torch.zeros(Q, P, dtype=torch.long), torch.zeros(3, Q, P, dtype=torch.long)
+    real, is_image = torch.zeros(Q, P, dtype=torch.bool), torch.zeros(Q, P, dtype=torch.bool)
+    for q, p in enumerate(prompts):                        # padded on the left, so that all prompts end together
+        at = slice(P - len(p.ids), P)
+        ids[q, at], positions[:, q, at], real[q, at], is_image[q, at] = p.ids, p.positions, True, p.is_image
+    ids, positions, real, is_image, banned = (x.to(device) for x in (ids, positions, real, is_image, processor.banned))
+
+    # Prefill. A padded query may see itself, which keeps its softmax finite; nobody else ever sees it.
+    causal, itself = torch.ones(2, P, P, dtype=torch.bool, device=device).tril()[0], torch.eye(P, device=device).bool()
+    allowed = causal & real[:, None] | itself                                                       # (Q, P, P)
+    decoder, cache, embeds = model.model.language_model, DynamicCache(), embed(model, ids, is_image, prompts)
+    hidden = decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=additive(allowed, embeds.dtype)[:, None],
+                     past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                # (Q, H)
+    if cache.get_seq_length() != P:
+        raise RuntimeError("the model kept no KV cache of the prompt: is gradient checkpointing active in eval mode?")
+
+    # From here on one row per path. A row leaves the batch when its path has ended; `row` remembers whose it is.
+    cache.batch_repeat_interleave(group_size)
+    hidden = hidden.repeat_interleave(group_size, 0)                                                # (B, H)
+    position = (positions[:, :, -1:] + 1).repeat_interleave(group_size, 1)                          # (3, B, 1)
+    visible = torch.cat([real, real.new_ones(Q, max_new_tokens)], 1).repeat_interleave(group_size, 0)
+    mask = additive(visible, embeds.dtype)[:, None, None]                                           # (B, 1, 1, P + C)
+    row, ended = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+    eos = torch.tensor(processor.eos, device=device)
+    out_ids = torch.full((B, max_new_tokens), processor.eos[0], device=device)
+    out_logps = torch.zeros(B, max_new_tokens, device=device)
+    for c in range(max_new_tokens):
+        logps = tempered_logps(model.lm_head(hidden), temperature or 1.0, banned)                   # (B, V)
+        token = torch.multinomial(logps.exp(), 1, generator=generator) if temperature else logps.argmax(-1, keepdim=True)
+        out_ids[row, c], out_logps[row, c] = token[:, 0], logps.gather(1, token)[:, 0]              # token (B, 1)
+        ended |= torch.isin(token[:, 0], eos)
+        if bar is not None:
+            bar.update(len(row))
+        if c % 8 == 7 and ended.any():                     # asking the device is a sync: not at every token
+            stay = (~ended).nonzero()[:, 0]
+            if len(stay) == 0:
+                break
+            cache.batch_select_indices(stay)
+            row, token, position, mask, ended = row[stay], token[stay], position[:, stay], mask[stay], ended[stay]
+        if c + 1 < max_new_tokens:
+            hidden = decoder(inputs_embeds=model.get_input_embeddings()(token), position_ids=position,
+                             attention_mask=mask[..., :P + c + 1], past_key_values=cache,
+                             use_cache=True).last_hidden_state[:, -1]
+            position = position + 1
+    model.train(was_training)
+    return cut_at_eos(processor, out_ids.cpu(), out_logps.cpu(), group_size)
+
+
+def cut_at_eos(processor, ids, logps, group_size):
+    """ids and log-probs (B, C) → Rollout; each path keeps its tokens up to and including its first EOS."""
+    is_eos = torch.isin(ids, torch.tensor(processor.eos))
+    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, ids.shape[1]).tolist()
+    ids, logps = ([row[:n] for row, n in zip(rows, lengths)] for rows in (ids, logps))
+    return Rollout(*(split(x, group_size) for x in (ids, [processor.decode(path) for path in ids], logps)))
+
+
+# ──────────────────────────────────────────── 8. Log-probs and the objective ────────────────────────────────────────────
+
+def path_logps(model, processor, prompts, paths, temperature=1.0):
+    """Log-probs of all paths' tokens. prompts: Q of them; paths: Q lists of G tensors (C,) → logps, mask (Q, G, C).
+
+    One packed row per question: image and prompt once, then the inputs of its G paths side by side. Each path sees the
+    prompt and itself, and each starts at the position after the prompt, so the result equals that of G separate
+    forwards. Rows and paths are padded on the right; mask is True on tokens, logps is 0 elsewhere. For fine-tuning on
+    reference paths G is 1. Inputs are left unchanged.
+    """
+    device, Q, G = model.device, len(prompts), len(paths[0])
+    C = max(len(path) for group in paths for path in group)
+    L = max(len(p.ids) + sum(len(path) - 1 for path in group) for p, group in zip(prompts, paths))
+    ids, positions = torch.zeros(Q, L, dtype=torch.long), torch.zeros(3, Q, L, dtype=torch.long)
+    segment, is_image = torch.full((Q, L), -1), torch.zeros(Q, L, dtype=torch.bool)     # 0 prompt, g + 1 path, -1 padding
+    target, source = torch.zeros(2, Q, G, C, dtype=torch.long)      # source: the place whose hidden state predicts target
+    mask = torch.zeros(Q, G, C, dtype=torch.bool)
+    for q, (p, group) in enumerate(zip(prompts, paths)):
+        P = end = len(p.ids)
+        ids[q, :P], positions[:, q, :P], segment[q, :P], is_image[q, :P] = p.ids, p.positions, 0, p.is_image
+        for g, path in enumerate(group):
+            n = len(path) - 1                              # the last token is predicted, never fed
+            at, places = slice(end, end + n), torch.arange(end, end + n)
+            ids[q, at], segment[q, at] = path[:-1], g + 1
+            positions[:, q, at] = p.positions[:, -1:] + 1 + torch.arange(n)
+            target[q, g, :n + 1], mask[q, g, :n + 1] = path, True
+            source[q, g, 0], source[q, g, 1:n + 1] = P - 1, places              # the prompt's end predicts each first token
+            end += n
+    ids, positions, segment, is_image, target, source, mask, banned = (
+        x.to(device) for x in (ids, positions, segment, is_image, target, source, mask, processor.banned))
+    causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
+    allowed = causal & ((segment[:, None] == 0) | (segment[:, None] == segment[:, :, None]))        # (Q, L, L)
+    embeds = embed(model, ids, is_image, prompts)                                                   # (Q, L, H)
+    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
+                                        attention_mask=additive(allowed, embeds.dtype)[:, None]).last_hidden_state
+    hidden = hidden[torch.arange(Q, device=device).repeat_interleave(mask.sum((1, 2))), source[mask]]   # (tokens, H)
+    logps = torch.zeros(Q, G, C, device=device)
+    logps[mask] = token_logps(model.lm_head, hidden, target[mask], temperature, banned)
+    return logps, mask
+
+
+def token_logps(head, hidden, targets, temperature, banned, chunk=512):
+    """hidden (N, H), targets (N,) → (N,). A vocabulary of 150,000 makes logits the largest tensor of all: they are made
+    for path tokens only, `chunk` at a time, and made again in backward instead of kept."""
+    def project(hidden, targets):
+        return tempered_logps(head(hidden), temperature, banned).gather(1, targets[:, None])[:, 0]
+    return torch.cat([checkpoint(project, h, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+
+
+def group_advantages(rewards):
+    """A = (r − mean) / (std + 1e-4) inside each group, unbiased std (official code): rewards (Q, G) → (Q, G).
+
+    Groups whose rewards are all equal get exactly 0. The z-score knows no scale: a difference of 0.03 in key steps, alone
+    in its group, weighs as much as right against wrong. ValueError for G < 2. Source: paper, section 3.3.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (questions, paths) with at least 2 paths, not {tuple(rewards.shape)}")
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
+
+
+def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip=0.2, beta=0.04):
+    """The clipped GRPO objective, negated (METHOD section 4): a mean over the tokens of a path, then over paths.
+
+        ρ = exp(logp − old),   KL = exp(ref − logp) − (ref − logp) − 1        (k3: unbiased, never negative)
+        loss = − mean over paths of mean over tokens of [ min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A) − β·KL ]
+
+    logps, old_logps, ref_logps, mask: (N, C) for N paths; advantages: (N,), one number for all tokens of a path.
+    ref_logps may be None when beta is 0. → loss, and floats averaged the same way: kl, clip_fraction (tokens whose
+    gradient the clip takes away), ratio. With one update per rollout old = logp, so ρ = 1 and the loss is β·KL in value:
+    it starts at 0 and rises. Only its gradient teaches.
+    """
+    A = advantages[:, None]
+    ratio = torch.exp(logps - old_logps)                                                            # (N, C)
+    gain = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+    kl = torch.zeros_like(logps)
+    if beta:
+        kl = torch.exp(ref_logps - logps) - (ref_logps - logps) - 1
+    clipped = ((ratio > 1 + clip) & (A > 0)) | ((ratio < 1 - clip) & (A < 0))
+
+    def mean(x):
+        return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+    stats = {"kl": mean(kl), "clip_fraction": mean(clipped.float()), "ratio": mean(ratio)}
+    return -mean(gain - beta * kl), {name: value.item() for name, value in stats.items()}
+
+
+# ───────────────────────────────────────── 9. Optimiser, run folder, checkpoints ─────────────────────────────────────────
+
+class MasterAdamW:
+    """AdamW in fp32 over a model of any dtype, without weight decay (official code).
+
+    A step of 1e-6 vanishes when it is added to a bf16 weight near 1, whose neighbours are 0.008 apart. So the optimiser
+    owns fp32 master weights, moments and gradients, and the model gets the rounded masters after each step. A gradient
+    moves to its master as soon as backward has made it: the bf16 one is freed, and micro-batches add up in fp32. With
+    `offload` all of this lives in host memory. An fp32 model is its own master.
+    """
+
+    def __init__(self, model, offload=False):
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.separate = offload or any(p.dtype != torch.float32 for p in self.params)
+        self.masters = self.params
+        if self.separate:
+            self.masters = [p.detach().to("cpu" if offload else p.device, torch.float32, copy=True) for p in self.params]
+            for p, master in zip(self.params, self.masters):
+                p.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, master))
+        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=0.0, fused=True)
+
+    @staticmethod
+    def take_gradient(master, p):
+        gradient = p.grad.to(master.device, torch.float32)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        p.grad = None
+
+    def gradient_norm(self):
+        return float(torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None]))
+
+    def step(self, lr, norm, max_norm):
+        """One update at learning rate lr with the gradients, of total `norm`, scaled down to max_norm; clears them."""
+        for master in self.masters:
+            if master.grad is not None:
+                master.grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.clear()
+        if self.separate:
+            with torch.no_grad():
+                for p, master in zip(self.params, self.masters):
+                    p.copy_(master)
+
+    def clear(self):
+        self.adamw.zero_grad(set_to_none=True)
+
+    def forget(self):
+        """A new phase begins: no moments."""
+        self.adamw.state.clear()
+
+    def state_dict(self):
+        return {"adamw": self.adamw.state_dict(), "masters": self.masters if self.separate else None}
+
+    def load_state_dict(self, state):
+        self.adamw.load_state_dict(state["adamw"])
+        if self.separate:
+            with torch.no_grad():
+                for master, saved in zip(self.masters, state["masters"]):
+                    master.copy_(saved)
+
+
+class Run:
+    """The run folder: config.json, metrics.jsonl, samples.jsonl, reference/ (the warm-up policy) and checkpoint/."""
+    LOGS = ("metrics.jsonl", "samples.jsonl")
+
+    def __init__(self, cfg):
+        self.cfg, self.out, self.stop = cfg, Path(cfg.out), False
+        if self.out.exists() and any(self.out.iterdir()) and not cfg.resume:
+            if not cfg.overwrite:
+                raise Problem(f"{self.out} exists. Go on with it: --resume; delete it: --overwrite; or choose another --out")
+            if not (self.out / "metrics.jsonl").exists():
+                raise Problem(f"{self.out} is no run folder (it holds no metrics.jsonl), so --overwrite does not delete it")
+            shutil.rmtree(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for file in self.LOGS:
+            (self.out / file).touch()
+        # All that a resumed run needs to know beside weights and optimiser. Random numbers are functions of seed and step.
+        self.state = {"phase": "warm-up", "step": 0, "drawn": 0, "evaluations": {}, "lines": dict.fromkeys(self.LOGS, 0)}
+        self.optimizer_state = None
+        if cfg.resume:
+            self.resume()
+        (self.out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+
+    def resume(self):
+        """Takes up the last checkpoint; what was logged after it is dropped, for it is about to be done again."""
+        old, final = self.out / "checkpoint.old", self.out / "checkpoint"
+        if old.exists() and not final.exists():                # killed between the two renames of `save`
+            old.rename(final)
+        if final.exists():
+            self.state = torch.load(final / "training_state.pt", map_location="cpu", weights_only=True)
+            self.optimizer_state = self.state.pop("optimizer")
+            print(f"resuming {self.out} after {self.state['phase']} update {self.state['step']}")
+        else:
+            print(f"{self.out} holds no checkpoint yet: starting from the beginning")
+        for file in self.LOGS:
+            lines = (self.out / file).read_text(encoding="utf-8").splitlines(keepends=True)
+            (self.out / file).write_text("".join(lines[:self.state["lines"][file]]), encoding="utf-8")
+
+    def log(self, file, record):
+        with open(self.out / file, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.state["lines"][file] += 1
+
+    def save(self, policy, processor, optimizer):
+        """Writes checkpoint/ atomically: a kill at any moment leaves the old one or the new one, whole."""
+        new, old, final = (self.out / name for name in ("checkpoint.new", "checkpoint.old", "checkpoint"))
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        save_model(policy, processor, new)
+        torch.save({**self.state, "optimizer": optimizer.state_dict()}, new / "training_state.pt")
+        if final.exists():
+            final.rename(old)
+        new.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def end_update(self, policy, processor, optimizer, step, drawn=0):
+        """After each update: note where we are, save every so often, and stop here if that was asked for."""
+        self.state.update(step=step, drawn=drawn)
+        if self.stop or step % self.cfg.save_every == 0:
+            self.save(policy, processor, optimizer)
+        self.check_stop()
+
+    def check_stop(self):
+        if self.stop:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def signals(self):
+        """Ctrl-C and SIGTERM ask for a stop after the update in hand; a second one stops at once."""
+        def ask(number, frame):
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = True
+            tqdm.write("stopping: the update in hand is finished and saved first (again: stop at once)")
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+# ───────────────────────────────────────────────── 10. Warm-up and StepGRPO ─────────────────────────────────────────────────
+
+def split(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def draw(rows, number, seed, drawn):
+    """The next `number` rows of an endless shuffled stream of which `drawn` are used up."""
+    picked = []
+    while len(picked) < number:
+        epoch, i = divmod(drawn + len(picked), len(rows))
+        order = random.Random(f"{seed} {epoch}").sample(rows, len(rows))
+        picked += order[i:i + number - len(picked)]
+    return picked
+
+
+class NonFinite(Problem):
+    """A loss or gradient is inf or nan. The weights are still those of the last good update."""
+
+
+def backward(loss, optimizer, rows):
+    """Backward pass → norm of all gradients so far. A non-finite number stops, with the questions it came from."""
+    loss.backward()
+    norm = optimizer.gradient_norm()
+    if not (math.isfinite(norm) and math.isfinite(loss.item())):
+        optimizer.clear()
+        raise NonFinite(f"loss {loss.item()}, gradient norm {norm} at " + "; ".join(row.where for row in rows) +
+                        ". The checkpoint holds the state before. Lower the learning rate, or look at these rows")
+    return norm
+
+
+def warm_up(run, cfg, policy, processor, rows, optimizer):
+    """Supervised fine-tuning on reference paths: mean negative log-likelihood of their tokens (METHOD, step 1)."""
+    policy.train()
+    start = run.state["step"]
+    bar = tqdm(range(start, cfg.warmup_steps), "warm-up", initial=start, total=cfg.warmup_steps, unit="update")
+    for step in bar:
+        batch = draw(rows, cfg.warmup_batch, cfg.seed, step * cfg.warmup_batch)
+        pairs = sorted(((processor.path_ids(row.path), row) for row in batch), key=lambda pair: len(pair[0]))
+        tokens, total = sum(len(path) for path, _ in pairs), 0.0
+        for part in split(pairs, cfg.micro_batch):             # paths of like length together: little padding
+            prompts = [make_prompt(processor, row, cfg) for _, row in part]
+            logps, _ = path_logps(policy, processor, prompts, [[path] for path, _ in part])
+            loss = -logps.sum() / tokens                       # all tokens of the update, whatever the micro-batch
+            norm = backward(loss, optimizer, [row for _, row in part])
+            total += loss.item()
+        lr = cfg.warmup_lr * warmup_schedule((step + 1) / cfg.warmup_steps, cfg.warmup_ratio)
+        optimizer.step(lr, norm, cfg.max_grad_norm)
+        bar.set_postfix(loss=f"{total:.3f}", lr=f"{lr:.1e}")
+        run.log("metrics.jsonl", {"phase": "warm-up", "step": step + 1, "loss": total, "grad_norm": norm, "lr": lr})
+        run.end_update(policy, processor, optimizer, step + 1)
+
+
+def warmup_schedule(progress, ratio):
+    """Linear rise over the first `ratio` of the updates, then half a cosine down to 0 (official code)."""
+    if progress < ratio:
+        return progress / ratio
+    return 0.5 * (1 + math.cos(math.pi * (progress - ratio) / (1 - ratio)))
+
+
+class Group(NamedTuple):
+    """A question with its G sampled paths and their scores."""
+    row: Row
+    prompt: Prompt
+    ids: list            # G tensors (C,)
+    texts: list          # G strings
+    logps: list          # G tensors (C,), as sampled
+    scores: list         # G dicts of score_path
+
+    def is_flat(self):
+        return len({score["reward"] for score in self.scores}) == 1
+
+
+def score_path(text, row, cfg):
+    """All scores of one path; `reward` is what the policy is trained on, chosen by --reward."""
+    right = float(same_answer(final_answer(text), row.answer))
+    k = match_key_steps(text, row.key_steps) if row.key_steps else 0.0
+    accuracy = step_accuracy_reward(text, row.answer, row.key_steps, cfg.alpha) if row.key_steps else right
+    validity = step_validity_reward(text)
+    reward = {"step": accuracy + validity, "outcome": right, "accuracy": accuracy, "validity": validity}[cfg.reward]
+    return {"reward": reward, "right": right, "step_accuracy": accuracy, "step_validity": validity, "k": k}
+
+
+def sample_groups(cfg, policy, processor, rows, step, drawn):
+    """Draws Q questions, samples G paths for each, scores them → (groups, questions drawn so far, flat groups seen).
+
+    A flat group, its rewards all equal, teaches nothing. --skip-flat-groups drops it and draws another question in its
+    place, in up to four rounds.
+    """
+    generator = torch.Generator(policy.device).manual_seed(cfg.seed * 1_000_003 + step)
+    groups, flat = [], 0
+    for _ in range(4 if cfg.skip_flat_groups else 1):
+        batch = draw(rows, cfg.questions - len(groups), cfg.seed, drawn)
+        drawn += len(batch)
+        prompts = [make_prompt(processor, row, cfg) for row in batch]
+        with tqdm(desc="rollout", unit=" tokens", leave=False, delay=2) as bar:
+            sampled = rollout(policy, processor, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator, bar)
+        for row, prompt, ids, texts, logps in zip(batch, prompts, *sampled):
+            group = Group(row, prompt, ids, texts, logps, [score_path(text, row, cfg) for text in texts])
+            flat += group.is_flat()
+            if not (cfg.skip_flat_groups and group.is_flat()):
+                groups.append(group)
+        if len(groups) == cfg.questions:
+            break
+    return groups, drawn, flat
+
+
+def update(cfg, policy, reference, processor, groups, advantages, optimizer, lr):
+    """μ optimiser steps on one set of groups, advantages (Q, G) → mean statistics of the objective."""
+    policy.train()
+    stats, old, ref = collections.Counter(), {}, {}
+    for inner in range(cfg.inner_updates):
+        for n, part in enumerate(split(range(len(groups)), cfg.micro_batch)):
+            prompts, paths = [groups[q].prompt for q in part], [groups[q].ids for q in part]
+            logps, mask = path_logps(policy, processor, prompts, paths, cfg.temperature)            # (q, G, C)
+            if inner == 0:
+                old[n] = logps.detach()                        # before the first step the old policy is the policy
+                with torch.no_grad():
+                    ref[n] = path_logps(reference, processor, prompts, paths, cfg.temperature)[0] if reference is not None else old[n]
+            A = advantages[part.start:part.stop].to(logps.device)
+            loss, part_stats = grpo_loss(*(x.flatten(0, 1) for x in (logps, old[n], ref[n], A, mask)), cfg.clip, cfg.beta)
+            share = len(part) / len(groups)                    # of the mean over all paths, whatever the micro-batch
+            norm = backward(loss * share, optimizer, [groups[q].row for q in part])
+            for name, value in {**part_stats, "loss": loss.item()}.items():
+                stats[name] += share * value / cfg.inner_updates
+            if inner == 0:                                     # cached sampling against the packed forward: rounding only
+                sampled = torch.cat([p for q in part for p in groups[q].logps])
+                stats["sampling_gap"] += share * (old[n][mask].cpu() - sampled).abs().mean().item()
+        optimizer.step(lr, norm, cfg.max_grad_norm)
+    return {**stats, "grad_norm": norm}
+
+
+def train(run, cfg, policy, reference, processor, rows, optimizer):
+    """The StepGRPO loop: sample, score, normalise, update, log, save."""
+    start = run.state["step"]
+    bar = tqdm(range(start, cfg.steps), "StepGRPO", initial=start, total=cfg.steps, unit="update")
+    for step in bar:
+        began = time.perf_counter()
+        groups, drawn, flat = sample_groups(cfg, policy, processor, rows, step, run.state["drawn"])
+        lr = cfg.lr * (1 - step / cfg.steps)
+        rewards = torch.tensor([[score["reward"] for score in group.scores] for group in groups])   # (Q, G)
+        record = {"phase": "StepGRPO", "step": step + 1, "questions": len(groups), "flat_groups": flat, "lr": lr}
+        if groups:                                             # with --skip-flat-groups there may be none left
+            advantages = group_advantages(rewards)                                                  # (Q, G)
+            stats = update(cfg, policy, reference, processor, groups, advantages, optimizer, lr)
+            record.update(stats, **summarize(groups, rewards, cfg))
+        record["seconds"] = time.perf_counter() - began
+        run.log("metrics.jsonl", record)
+        tqdm.write(format_update(record, cfg))
+        if groups and step % cfg.show_every == 0:
+            for g in (int(rewards[0].argmax()), int(rewards[0].argmin())):
+                tqdm.write(show_path(groups[0], g, advantages[0, g].item()))
+                run.log("samples.jsonl", {"step": step + 1, "where": groups[0].row.where, "problem": groups[0].row.problem,
+                                          "path": groups[0].texts[g], **groups[0].scores[g],
+                                          "advantage": advantages[0, g].item()})
+        run.end_update(policy, processor, optimizer, step + 1, drawn)
+
+
+def summarize(groups, rewards, cfg):
+    """Means over all paths of an update."""
+    scores, lengths = [s for group in groups for s in group.scores], [len(path) for group in groups for path in group.ids]
+    means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
+    return {**means, "reward_std": rewards.std(1).mean().item(), "length": sum(lengths) / len(lengths),
+            "cut": sum(n == cfg.max_new_tokens for n in lengths) / len(lengths)}
+
+
+def format_update(record, cfg):
+    """One aligned line per update, at most 120 columns."""
+    head = f"update {record['step']:5d}/{cfg.steps}"
+    tail = f"flat {record['flat_groups']:2d}  lr {record['lr']:.1e}  {record['seconds']:5.1f}s"
+    if not record["questions"]:
+        return f"{head}  every group was flat: nothing learned  {tail}"
+    return (f"{head}  reward {record['reward']:.3f}  right {record['right']:.2f}  k {record['k']:.2f}  valid "
+            f"{record['step_validity']:.2f}  KL {record['kl']:.4f}  loss {record['loss']:+.4f}  len {record['length']:4.0f}  {tail}")
+
+
+def show_path(group, g, advantage):
+    """A sampled path as text: its sections, the key steps that each step earned, its rewards and its advantage."""
+    row, score, path = group.row, group.scores[g], split_path(group.texts[g])
+    earned = matched_key_steps(group.texts[g], row.key_steps) if row.key_steps else []
+    texts, steps = path._asdict(), iter(range(len(path.steps)))
+    lines = [f"┌ {row.where}: {row.problem}"]
+    for name in path.order:
+        if name.startswith("step "):
+            i = next(steps)
+            text = path.steps[i] + "".join(f"   ✓ {row.key_steps[k][0]}" for k, step in enumerate(earned) if step == i)
+        elif name == "answer":
+            text = f"{path.answer}   " + ("✓" if score["right"] else f"✗ (right: {row.answer})")
+        else:
+            text = texts.get(name, "")
+        lines.append(f"│ {name:12}" + " ".join(text.split()))
+    missed = [row.key_steps[k][0] for k, step in enumerate(earned) if step is None]
+    lines += ["│ missed      " + ", ".join(missed)] if missed else []
+    return "\n".join(lines + [f"└ reward {score['reward']:.2f}: StepRAR {score['step_accuracy']:.2f} with k {score['k']:.2f}, "
+                              f"StepRVR {score['step_validity']:.0f}; advantage {advantage:+.2f}"])
+
+
+def evaluate(run, cfg, policy, processor, rows, name, temperature):
+    """Mean scores over the held-out questions, one path each; temperature 0 is greedy. Kept in run.state under `name`."""
+    if name in run.state["evaluations"] or not rows:
+        return
+    generator, scores = torch.Generator(policy.device).manual_seed(cfg.seed), []
+    with tqdm(desc=f"evaluate, {name}", total=len(rows), unit="question") as bar:
+        for batch in split(rows, cfg.questions * cfg.group_size):              # as many paths at once as in training
+            run.check_stop()
+            prompts = [make_prompt(processor, row, cfg) for row in batch]
+            sampled = rollout(policy, processor, prompts, 1, cfg.max_new_tokens, temperature, generator)
+            scores += [score_path(texts[0], row, cfg) for texts, row in zip(sampled.texts, batch)]
+            bar.update(len(batch))
+    run.state["evaluations"][name] = {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
+    run.log("metrics.jsonl", {"phase": "evaluation", "name": name, "questions": len(rows), **run.state["evaluations"][name]})
+
+
+# ─────────────────────────────────────────────────────── 11. Main ───────────────────────────────────────────────────────
+
+def load_data(cfg):
+    """→ training rows, warm-up rows, held-out rows, complaints. The held-out questions are never trained on."""
+    train, complaints = read_rows(cfg.data, cfg.reward in ("step", "accuracy"))
+    source, warmup, test = cfg.warmup_data or ("shapes/warmup" if cfg.data == "shapes" else ""), [], []
+    if source and cfg.warmup_steps:
+        rows, more = read_rows(source)
+        complaints += more
+        warmup = [row for row in rows if REFLECTIVE not in row.path]
+        if len(warmup) < len(rows):
+            print(f"warm-up: {len(rows) - len(warmup)} of {len(rows)} paths left out, for they hold: {REFLECTIVE}")
+    if cfg.data == "shapes":
+        test = read_rows("shapes/test")[0][:cfg.held_out]
+    elif cfg.held_out:
+        rows = random.Random(cfg.seed).sample(train, len(train))
+        n = min(cfg.held_out, len(rows) // 10)
+        test, train = rows[:n], rows[n:]
+        asked = {(row.problem, *row.images) for row in test}
+        train, warmup = ([row for row in rows if (row.problem, *row.images) not in asked] for rows in (train, warmup))
+        print(f"held out: {n} questions of {cfg.data}; {len(train)} are left to train on")
+    return train, warmup, test, complaints
+
+
+def pick_device(cfg):
+    """→ torch device and dtype of the weights."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise Problem(f"--device {name} is not there: {str(e).splitlines()[0]}") from None
+    if cfg.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, getattr(torch, cfg.dtype)
+
+
+def print_table(run, questions):
+    print(f"\n{'held-out, ' + str(questions) + ' questions':34}{'right':>8}{'StepRAR':>9}{'StepRVR':>9}{'k':>8}")
+    for how in ("greedy", "sampled at T = 1"):
+        for when in ("before", "after"):
+            e = run.state["evaluations"][f"{when}, {how}"]
+            label = f"{how}, {'warm-up' if when == 'before' else 'StepGRPO'}"
+            print(f"{label:34}{e['right']:8.3f}{e['step_accuracy']:9.3f}{e['step_validity']:9.3f}{e['k']:8.3f}")
+
+
+def run_all(run, cfg):
+    """Data, model, warm-up, StepGRPO, table."""
+    print(textwrap.fill(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()), 120))
+    device, dtype = pick_device(cfg)
+    train_rows, warmup_rows, test_rows, complaints = load_data(cfg)
+    base = cfg.model
+    if cfg.model == "tiny":
+        base = run.out / "tiny"
+        if not base.exists():
+            build_tiny(base, [row.problem + "\n" + row.path for row in train_rows + warmup_rows], cfg.seed)
+    source = base if run.optimizer_state is None else run.out / "checkpoint"
+    print(f"loading {source} on {device}, {dtype}; torch {torch.__version__}, transformers {transformers.__version__}")
+    policy, processor = load_model(source, device, dtype, cfg.max_pixels)
+    train_rows, warmup_rows, test_rows = validate((train_rows, warmup_rows, test_rows), complaints, processor, cfg)
+    if cfg.warmup_steps == -1:
+        cfg.warmup_steps = math.ceil(2 * len(warmup_rows) / cfg.warmup_batch)
+    if not train_rows or cfg.warmup_steps and not warmup_rows:
+        raise Problem("no questions to train on" if not train_rows else "--warmup-steps needs paths: --warmup-data FILE.json")
+    millions = sum(p.numel() for p in policy.parameters()) / 1e6
+    print(f"{millions:,.1f} M parameters; {len(train_rows)} questions, {len(warmup_rows)} warm-up paths, "
+          f"{len(test_rows)} held-out questions")
+    if cfg.gradient_checkpointing:                             # the method's name changed within transformers 5
+        enable = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    optimizer = MasterAdamW(policy, cfg.offload_optimizer)
+    if run.optimizer_state is not None:
+        optimizer.load_state_dict(run.optimizer_state)
+
+    try:
+        if run.state["phase"] == "warm-up":
+            if cfg.warmup_steps:
+                warm_up(run, cfg, policy, processor, warmup_rows, optimizer)
+                save_model(policy, processor, run.out / "reference")
+            optimizer.forget()
+            run.state.update(phase="StepGRPO", step=0)
+            run.save(policy, processor, optimizer)
+        reference = None
+        if cfg.beta:                                           # the warm-up policy, frozen
+            source = run.out / "reference" if cfg.warmup_steps else base
+            reference = load_model(source, device, dtype, cfg.max_pixels)[0].requires_grad_(False)
+        for when in ("before", "after"):
+            if when == "after":
+                train(run, cfg, policy, reference, processor, train_rows, optimizer)
+            evaluate(run, cfg, policy, processor, test_rows, f"{when}, greedy", 0)
+            evaluate(run, cfg, policy, processor, test_rows, f"{when}, sampled at T = 1", 1.0)
+        run.save(policy, processor, optimizer)
+    except NonFinite:
+        run.save(policy, processor, optimizer)
+        raise
+    if test_rows:
+        print_table(run, len(test_rows))
+    print(f"\nthe policy is in {run.out / 'checkpoint'}, the curves in {run.out / 'metrics.jsonl'}")
+
+
+def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                   # a terminal without ✓ is no reason to stop
+    transformers.utils.logging.disable_progress_bar()
+    out = None
+    try:
+        cfg = parse_config(sys.argv[1:] if argv is None else argv)
+        out = cfg.out
+        run = Run(cfg)
+        with run.signals():
+            run_all(run, cfg)
+    except Problem as e:
+        sys.exit(f"stepgrpo: {e}")
+    except KeyboardInterrupt:
+        print(f"\nstopped. Go on with: python stepgrpo.py --resume --out {out}")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
