@@ -66,7 +66,7 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 HERE = Path(__file__).resolve().parent
 
 
-# ── 1. Template ──
+# ─── 1. Template ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Word for word from the official evaluation and the warm-up data: the quote that never closes and the space after the
 # last header are theirs.
@@ -92,7 +92,7 @@ def build_instruction(question: str) -> str:
     return INSTRUCTION.replace("{question}", question)  # not str.format: a question may hold braces of its own
 
 
-# ───────────────────────────────────────────────────── 2. Config ─────────────────────────────────────────────────────
+# ─── 2. Config ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SHORT_NAMES = {
     "Qwen2-VL-2B": "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-7B": "Qwen/Qwen2-VL-7B-Instruct",
@@ -158,13 +158,13 @@ class Config:
 # What `--model tiny` changes. A million random weights need larger steps than two billion trained ones, and a task this
 # small needs fewer of them; the method is the same.
 TINY = dict(
-    warmup_steps=2000, warmup_batch=8, warmup_lr=2e-3, warmup_ratio=0.05,    # it must first learn to see
+    warmup_steps=3000, warmup_batch=8, warmup_lr=2e-3, warmup_ratio=0.05,    # it must first learn to see
     steps=60, questions=8, group_size=8, lr=1e-4,      # 2e-4 drifts; larger groups make up for short training
     temperature=1.0,                                   # its distribution is broad already
     beta=0.01,                                         # the warm-up policy is a weak anchor: let it go further
     max_new_tokens=192, max_prompt_tokens=256,
     instruction=False,                                 # the warm-up teaches the template, so 130 tokens are saved
-    micro_batch=8, gradient_checkpointing=False,      # it all fits in memory
+    micro_batch=8, gradient_checkpointing=False,       # it all fits in memory
     held_out=500, save_every=50,
 )
 
@@ -194,7 +194,7 @@ def resumed_config(cfg, parser, argv):
     """The settings saved in the run folder; flags given beside --resume change them, and are named."""
     file = Path(cfg.out) / "config.json"
     if not file.exists():
-        raise Problem(f"nothing to resume: {file} does not exist. Start the run without --resume, or name it with --out")
+        raise Problem(f"nothing to resume: {file} does not exist. Start without --resume, or name the run with --out")
     saved = json.loads(file.read_text())
     new = Config(**(vars(parser(saved).parse_args(argv)) | {"out": cfg.out}))
     for name in ("model", "data", "warmup_data", "seed"):
@@ -215,7 +215,7 @@ def check_config(cfg):
         (not (cfg.resume and cfg.overwrite), "--resume and --overwrite exclude each other"),
         (cfg.warmup_steps >= -1, "--warmup-steps is -1 (two epochs), 0 (none) or a number of updates"),
         (cfg.clip < 1 and 0 <= cfg.warmup_ratio < 1, "--clip and --warmup-ratio lie below 1"),
-        (cfg.max_pixels >= 28 * 28, "--max-pixels must hold at least one image token, 28 × 28 = 784"),
+        (cfg.max_pixels >= 56 * 56, "--max-pixels must be at least 56 × 56 = 3136, the smallest image of Qwen2-VL"),
     ]
     for name in ("questions", "max_new_tokens", "inner_updates", "micro_batch", "warmup_batch", "save_every",
                  "show_every", "lr", "warmup_lr", "max_grad_norm", "clip", "max_prompt_tokens"):
@@ -227,7 +227,7 @@ def check_config(cfg):
         raise Problem("; ".join(wrong))
 
 
-# ────────────────────────────────────────────────────── 3. Data ──────────────────────────────────────────────────────
+# ─── 3. Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 REFLECTIVE = "I think I have made a mistake. Let me rethink it."      # the official warm-up leaves such paths out
 
@@ -243,17 +243,14 @@ class Row(NamedTuple):
 
 
 def read_records(file):
-    """A .json list or a .jsonl file → list of (where, record)."""
+    """A .json list or a .jsonl file → list of (where, record); records of .jsonl are still text."""
     try:
         text = Path(file).read_text(encoding="utf-8")
-        if Path(file).suffix == ".jsonl":
-            lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-            return [(f"{file} line {i}", json.loads(line)) for i, line in lines]
+        if file.suffix == ".jsonl":                            # not splitlines: it also cuts at U+2028 inside a string
+            return [(f"{file} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         records = json.loads(text)
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise Problem(f"cannot read {file}: {e}") from None
-    except json.JSONDecodeError as e:
-        raise Problem(f"{file} is not valid JSON: {e}") from None
     if not isinstance(records, list):
         raise Problem(f"{file} holds no list of records; data/README.md shows the format")
     return [(f"{file} row {i}", record) for i, record in enumerate(records, 1)]
@@ -261,33 +258,35 @@ def read_records(file):
 
 def parse_record(where, record, folder):
     """A record in R1-VL-10K or Mulberry (ShareGPT) format → Row. ValueError says what is wrong with it."""
+    record = json.loads(record) if isinstance(record, str) else record
     if not isinstance(record, dict):
         raise ValueError("is no JSON object")
     if "messages" in record:
         try:
             turns = {m["role"]: m["content"] for m in record["messages"]}
-            problem, path, images = turns["user"], turns["assistant"], record.get("images", [])
+            problem, path, images = turns["user"], turns["assistant"], record.get("images") or []
         except (KeyError, TypeError):
             raise ValueError("'messages' must hold a user and an assistant turn with 'content'") from None
     else:
         missing = {"problem", "solution"} - record.keys()
         if missing:
             raise ValueError(f"has no {' and no '.join(map(repr, sorted(missing)))}")
-        problem, path, images = record["problem"], record["solution"], record.get("image_path", [])
+        problem, path, images = record["problem"], record["solution"], record.get("image_path") or []
     if not isinstance(problem, str) or not isinstance(path, (str, int, float)):
         raise ValueError("problem and solution must be text")
-    problem = problem.replace("<image>", "").split(INSTRUCTION.split("{question}")[0].rstrip().splitlines()[-1])[-1].strip()
-    path = str(path).strip()
+    header = INSTRUCTION.split("{question}")[0].rstrip().split("\n")[-1]      # Mulberry's questions stand below it
+    problem, path = problem.replace("<image>", "").split(header)[-1].strip(), str(path).strip()
     answer = final_answer(path) if split_path(path).order else path
     if not problem:
         raise ValueError("the problem is empty")
     if not answer:
         raise ValueError("the solution holds no answer")
-    images = [folder / image for image in ([images] if isinstance(images, str) else images)]
+    images = [folder / str(image) for image in (images if isinstance(images, list) else [images])]
     for image in images:
         if not image.is_file():
             raise ValueError(f"image {image} does not exist")
-    return Row(where, problem, answer, path, parse_key_steps(record["key_steps"]) if "key_steps" in record else [], images)
+    key_steps = parse_key_steps(record["key_steps"]) if record.get("key_steps") else []
+    return Row(where, problem, answer, path, key_steps, images)
 
 
 def read_rows(source, needs_key_steps=False):
@@ -329,11 +328,12 @@ def find_data(source):
 
 
 def fitted_size(width, height, max_pixels):
-    """(width, height) of an image as the model gets it: at most max_pixels, and less than 200 times as long as wide."""
+    """(width, height) of an image as the model gets it: at most max_pixels, and at most 100 times as long as wide, by
+    margins that `load_image` adds (Qwen2-VL refuses more than 200)."""
+    thinnest = math.ceil(max(width, height) / 100)
+    width, height = max(width, thinnest), max(height, thinnest)
     shrink = min(1.0, (max_pixels / (width * height)) ** .5)
-    width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
-    thinnest = math.ceil(max(width, height) / 199)
-    return max(width, thinnest), max(height, thinnest)
+    return max(1, int(width * shrink)), max(1, int(height * shrink))
 
 
 def image_size(file, max_pixels):
@@ -363,10 +363,10 @@ def validate(splits, complaints, processor, cfg):
     """Lists of rows → the same without rows that cannot be used; or stops and names all of those at once."""
     good = [[] for _ in splits]
     for rows, kept in zip(splits, good):
-        for row in tqdm(rows, "validate", unit="row", leave=False, delay=2):
+        for row in tqdm(rows, "validate", unit="row", leave=False, delay=2, mininterval=1):
             try:
-                text = build_instruction(row.problem) if cfg.instruction else row.problem
-                tokens = processor.prompt_length(text, [image_size(file, cfg.max_pixels) for file in row.images])
+                sizes = [image_size(file, cfg.max_pixels) for file in row.images]
+                tokens = processor.prompt_length(question_text(row, cfg), sizes)
                 if tokens > cfg.max_prompt_tokens:
                     raise ValueError(f"the prompt has {tokens} tokens, --max-prompt-tokens is {cfg.max_prompt_tokens}")
                 kept.append(row)
@@ -381,7 +381,7 @@ def validate(splits, complaints, processor, cfg):
     return good
 
 
-# ── 4. Segmentation and answers ──
+# ─── 4. Segmentation and answers ──────────────────────────────────────────────────────────────────────────────────────
 
 # A header opens a line. `##` without a known name is a foreign header: it only ends the section before it.
 # Linear time on hostile lines: only the leading class can be retried, a line has one start, and the tail never fails.
@@ -594,7 +594,7 @@ def _same_value(a: str, b: str) -> bool:
     return number_a == number_b or ("%" in (unit_a, unit_b) and percent == 100 * plain)
 
 
-# ── 5. Key steps and rewards ──
+# ─── 5. Key steps and rewards ─────────────────────────────────────────────────────────────────────────────────────────
 
 _NEGATION = re.compile(r"not?|never|without|cannot|neither|nor|≠|\w+n't")
 _CLAUSE_ENDS = {".", ",", ";", ":", "!", "?", "but"}
@@ -687,7 +687,7 @@ def matched_key_steps(text: str, key_steps: list[list[str]]) -> list[int | None]
 
 
 def match_key_steps(text: str, key_steps: list[list[str]]) -> float:
-    """k of Eq. 2: matched groups / all groups, in [0, 1]. ValueError for malformed key steps. Needs matched_key_steps."""
+    """k of Eq. 2: matched groups / all groups, in [0, 1]. ValueError: malformed key steps. Needs matched_key_steps."""
     earned = matched_key_steps(text, key_steps)
     return sum(step is not None for step in earned) / len(earned)
 
@@ -721,7 +721,7 @@ def step_validity_reward(text: str) -> float:
     return 1.0 if complete and logical else 0.0
 
 
-# ──────────────────────────────────── 6. Model: checkpoints, prompts, M-RoPE positions ────────────────────────────────────
+# ─── 6. Model: checkpoints, prompts, M-RoPE positions ─────────────────────────────────────────────────────────────────
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                   "<|image_pad|>", "<|video_pad|>"]
@@ -771,6 +771,10 @@ class Processor:
         self.banned[len(tokenizer):] = True
         self.banned[[self.special[token] for token in SPECIAL_TOKENS if token not in EOS_TOKENS]] = True
 
+    @functools.lru_cache(maxsize=4096)                         # the layout, and questions asked again
+    def token_count(self, text):
+        return len(self.prompt(text).ids)
+
     def text_ids(self, text, layout=False):
         """Token ids of a text. Special tokens count only in our own layout; in user text they are plain characters."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not layout)["input_ids"]
@@ -794,16 +798,19 @@ class Processor:
     def prompt_length(self, text, sizes):
         """Tokens of `prompt` for images of these (width, height), without reading their pixels."""
         patches = sum(self.image_processor.get_number_of_image_patches(h, w) for w, h in sizes)
-        return len(self.prompt(text).ids) + patches // self.merge**2 + 2 * len(sizes)
+        return self.token_count(text) + patches // self.merge**2 + 2 * len(sizes)
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def question_text(row, cfg):
+    return build_instruction(row.problem) if cfg.instruction else row.problem
+
+
 def make_prompt(processor, row, cfg):
-    """Row → Prompt, with the images read and the question in its instruction."""
-    text = build_instruction(row.problem) if cfg.instruction else row.problem
-    return processor.prompt(text, [load_image(file, cfg.max_pixels) for file in row.images])
+    """Row → Prompt, with its images read."""
+    return processor.prompt(question_text(row, cfg), [load_image(file, cfg.max_pixels) for file in row.images])
 
 
 def load_model(name, device, dtype, max_pixels):
@@ -822,8 +829,8 @@ def load_model(name, device, dtype, max_pixels):
         # max_pixels takes effect only here: set later, some versions ignore it.
         images = Qwen2VLImageProcessorPil.from_pretrained(source, max_pixels=max_pixels)
     except OSError as e:
-        raise Problem(f"cannot load model {source}: it is neither a complete checkpoint folder nor in the Hub cache, and "
-                      f"the Hub did not give it ({str(e).splitlines()[0]})") from None
+        raise Problem(f"cannot load model {source}: no complete checkpoint folder, not in the Hub cache, and the Hub did "
+                      f"not give it ({str(e).splitlines()[0]})") from None
     return model, Processor(tokenizer, images, model.config.get_text_config().vocab_size)
 
 
@@ -843,10 +850,10 @@ def build_tiny(folder, texts, seed):
     # With the usual 0.02 a model this small does not learn to see in minutes; with 0.1 it does.
     wide = {"initializer_range": 0.1}
     config = Qwen2VLConfig(
-        # Short positions: a small theta and most frequencies for height and width let neighbouring cells be told apart.
+        # Short sequences: a small theta, and most frequencies for the width, let neighbouring cells be told apart.
         text_config=dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=len(tokenizer), tie_word_embeddings=True,
-                         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 5, 9]},
+                         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 2, 13]},
                          bos_token_id=None, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"], **wide),
         vision_config=dict(depth=2, embed_dim=64, num_heads=4, hidden_size=128, mlp_ratio=2, **wide),
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
@@ -873,11 +880,11 @@ def additive(allowed, dtype):
 
 
 def tempered_logps(logits, temperature, banned):
-    """log-softmax of logits / T without the banned ids, fp32: what is sampled from, and what every log-prob here means."""
+    """log-softmax of logits / T without the banned ids, fp32: what is sampled from, and what log-prob means here."""
     return torch.log_softmax((logits.float() / temperature).masked_fill(banned, -torch.inf), -1)
 
 
-# ─────────────────────────────────────────────── 7. Rollout with a KV cache ───────────────────────────────────────────────
+# ─── 7. Rollout with a KV cache ───────────────────────────────────────────────────────────────────────────────────────
 
 class Rollout(NamedTuple):
     """What `rollout` sampled: for each of Q questions a list of G paths."""
@@ -909,8 +916,9 @@ def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1
     causal, itself = torch.ones(2, P, P, dtype=torch.bool, device=device).tril()[0], torch.eye(P, device=device).bool()
     allowed = causal & real[:, None] | itself                                                       # (Q, P, P)
     decoder, cache, embeds = model.model.language_model, DynamicCache(), embed(model, ids, is_image, prompts)
-    hidden = decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=additive(allowed, embeds.dtype)[:, None],
-                     past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                # (Q, H)
+    mask = additive(allowed, embeds.dtype)[:, None]                                                 # (Q, 1, P, P)
+    hidden = decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache,
+                     use_cache=True).last_hidden_state[:, -1]                                       # (Q, H)
     if cache.get_seq_length() != P:
         raise RuntimeError("the model kept no KV cache of the prompt: is gradient checkpointing active in eval mode?")
 
@@ -926,8 +934,10 @@ def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1
     out_logps = torch.zeros(B, max_new_tokens, device=device)
     for c in range(max_new_tokens):
         logps = tempered_logps(model.lm_head(hidden), temperature or 1.0, banned)                   # (B, V)
-        token = torch.multinomial(logps.exp(), 1, generator=generator) if temperature else logps.argmax(-1, keepdim=True)
-        out_ids[row, c], out_logps[row, c] = token[:, 0], logps.gather(1, token)[:, 0]              # token (B, 1)
+        token = logps.argmax(-1, keepdim=True)                                                      # (B, 1)
+        if temperature:
+            token = torch.multinomial(logps.exp(), 1, generator=generator)
+        out_ids[row, c], out_logps[row, c] = token[:, 0], logps.gather(1, token)[:, 0]
         ended |= torch.isin(token[:, 0], eos)
         if bar is not None:
             bar.update(len(row))
@@ -954,7 +964,7 @@ def cut_at_eos(processor, ids, logps, group_size):
     return Rollout(*(split(x, group_size) for x in (ids, [processor.decode(path) for path in ids], logps)))
 
 
-# ──────────────────────────────────────────── 8. Log-probs and the objective ────────────────────────────────────────────
+# ─── 8. Log-probs and the objective ───────────────────────────────────────────────────────────────────────────────────
 
 def path_logps(model, processor, prompts, paths, temperature=1.0):
     """Log-probs of all paths' tokens. prompts: Q of them; paths: Q lists of G tensors (C,) → logps, mask (Q, G, C).
@@ -968,19 +978,19 @@ def path_logps(model, processor, prompts, paths, temperature=1.0):
     C = max(len(path) for group in paths for path in group)
     L = max(len(p.ids) + sum(len(path) - 1 for path in group) for p, group in zip(prompts, paths))
     ids, positions = torch.zeros(Q, L, dtype=torch.long), torch.zeros(3, Q, L, dtype=torch.long)
-    segment, is_image = torch.full((Q, L), -1), torch.zeros(Q, L, dtype=torch.bool)     # 0 prompt, g + 1 path, -1 padding
-    target, source = torch.zeros(2, Q, G, C, dtype=torch.long)      # source: the place whose hidden state predicts target
+    segment, is_image = torch.full((Q, L), -1), torch.zeros(Q, L, dtype=torch.bool)  # 0 prompt, g + 1 path, -1 padding
+    target, source = torch.zeros(2, Q, G, C, dtype=torch.long)         # source: where the state that predicts it stands
     mask = torch.zeros(Q, G, C, dtype=torch.bool)
     for q, (p, group) in enumerate(zip(prompts, paths)):
         P = end = len(p.ids)
         ids[q, :P], positions[:, q, :P], segment[q, :P], is_image[q, :P] = p.ids, p.positions, 0, p.is_image
         for g, path in enumerate(group):
             n = len(path) - 1                              # the last token is predicted, never fed
-            at, places = slice(end, end + n), torch.arange(end, end + n)
+            at = slice(end, end + n)
             ids[q, at], segment[q, at] = path[:-1], g + 1
             positions[:, q, at] = p.positions[:, -1:] + 1 + torch.arange(n)
             target[q, g, :n + 1], mask[q, g, :n + 1] = path, True
-            source[q, g, 0], source[q, g, 1:n + 1] = P - 1, places              # the prompt's end predicts each first token
+            source[q, g, 0], source[q, g, 1:n + 1] = P - 1, torch.arange(end, end + n)     # first: the prompt's end
             end += n
     ids, positions, segment, is_image, target, source, mask, banned = (
         x.to(device) for x in (ids, positions, segment, is_image, target, source, mask, processor.banned))
@@ -1007,8 +1017,8 @@ def token_logps(head, hidden, targets, temperature, banned, chunk=512):
 def group_advantages(rewards):
     """A = (r − mean) / (std + 1e-4) inside each group, unbiased std (official code): rewards (Q, G) → (Q, G).
 
-    Groups whose rewards are all equal get exactly 0. The z-score knows no scale: a difference of 0.03 in key steps, alone
-    in its group, weighs as much as right against wrong. ValueError for G < 2. Source: paper, section 3.3.
+    Groups whose rewards are all equal get exactly 0. The z-score knows no scale: a difference of 0.03 in key steps,
+    alone in its group, weighs as much as right against wrong. ValueError for G < 2.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (questions, paths) with at least 2 paths, not {tuple(rewards.shape)}")
@@ -1024,8 +1034,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip=0.2, beta=0.04
 
     logps, old_logps, ref_logps, mask: (N, C) for N paths; advantages: (N,), one number for all tokens of a path.
     ref_logps may be None when beta is 0. → loss, and floats averaged the same way: kl, clip_fraction (tokens whose
-    gradient the clip takes away), ratio. With one update per rollout old = logp, so ρ = 1 and the loss is β·KL in value:
-    it starts at 0 and rises. Only its gradient teaches.
+    gradient the clip takes away), ratio. With one update per rollout old = logp, so ρ = 1 and the loss is β·KL in
+    value: it starts at 0 and rises. Only its gradient teaches.
     """
     A = advantages[:, None]
     ratio = torch.exp(logps - old_logps)                                                            # (N, C)
@@ -1041,7 +1051,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip=0.2, beta=0.04
     return -mean(gain - beta * kl), {name: value.item() for name, value in stats.items()}
 
 
-# ───────────────────────────────────────── 9. Optimiser, run folder, checkpoints ─────────────────────────────────────────
+# ─── 9. Optimiser, run folder, checkpoints ────────────────────────────────────────────────────────────────────────────
 
 class MasterAdamW:
     """AdamW in fp32 over a model of any dtype, without weight decay (official code).
@@ -1057,7 +1067,8 @@ class MasterAdamW:
         self.separate = offload or any(p.dtype != torch.float32 for p in self.params)
         self.masters = self.params
         if self.separate:
-            self.masters = [p.detach().to("cpu" if offload else p.device, torch.float32, copy=True) for p in self.params]
+            home = "cpu" if offload else model.device
+            self.masters = [p.detach().to(home, torch.float32, copy=True) for p in self.params]
             for p, master in zip(self.params, self.masters):
                 p.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, master))
         self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=0.0, fused=True)
@@ -1111,15 +1122,17 @@ class Run:
         self.cfg, self.out, self.stop = cfg, Path(cfg.out), False
         if self.out.exists() and any(self.out.iterdir()) and not cfg.resume:
             if not cfg.overwrite:
-                raise Problem(f"{self.out} exists. Go on with it: --resume; delete it: --overwrite; or choose another --out")
-            if not (self.out / "metrics.jsonl").exists():
-                raise Problem(f"{self.out} is no run folder (it holds no metrics.jsonl), so --overwrite does not delete it")
+                raise Problem(f"{self.out} exists. Go on with it: --resume; delete it: --overwrite; or choose --out")
+            model = Path(cfg.model).resolve()
+            if not (self.out / "metrics.jsonl").exists() or self.out.resolve() in (model, *model.parents):
+                raise Problem(f"--overwrite does not delete {self.out}: it is no run folder, or holds the --model")
             shutil.rmtree(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         for file in self.LOGS:
             (self.out / file).touch()
-        # All that a resumed run needs to know beside weights and optimiser. Random numbers are functions of seed and step.
-        self.state = {"phase": "warm-up", "step": 0, "drawn": 0, "evaluations": {}, "lines": dict.fromkeys(self.LOGS, 0)}
+        # All that resuming needs beside weights and optimiser: random numbers are functions of seed and step.
+        self.state = {"phase": "warm-up", "step": 0, "drawn": 0, "evaluations": {},
+                      "lines": dict.fromkeys(self.LOGS, 0)}
         self.optimizer_state = None
         if cfg.resume:
             self.resume()
@@ -1137,8 +1150,8 @@ class Run:
         else:
             print(f"{self.out} holds no checkpoint yet: starting from the beginning")
         for file in self.LOGS:
-            lines = (self.out / file).read_text(encoding="utf-8").splitlines(keepends=True)
-            (self.out / file).write_text("".join(lines[:self.state["lines"][file]]), encoding="utf-8")
+            lines = (self.out / file).read_text(encoding="utf-8").split("\n")[:self.state["lines"][file]]
+            (self.out / file).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def log(self, file, record):
         with open(self.out / file, "a", encoding="utf-8") as f:
@@ -1184,7 +1197,7 @@ class Run:
                 signal.signal(s, handler)
 
 
-# ───────────────────────────────────────────────── 10. Warm-up and StepGRPO ─────────────────────────────────────────────────
+# ─── 10. Warm-up and StepGRPO ─────────────────────────────────────────────────────────────────────────────────────────
 
 def split(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
@@ -1280,7 +1293,8 @@ def sample_groups(cfg, policy, processor, rows, step, drawn):
         drawn += len(batch)
         prompts = [make_prompt(processor, row, cfg) for row in batch]
         with tqdm(desc="rollout", unit=" tokens", leave=False, delay=2) as bar:
-            sampled = rollout(policy, processor, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, generator, bar)
+            sampled = rollout(policy, processor, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature,
+                              generator, bar)
         for row, prompt, ids, texts, logps in zip(batch, prompts, *sampled):
             group = Group(row, prompt, ids, texts, logps, [score_path(text, row, cfg) for text in texts])
             flat += group.is_flat()
@@ -1300,16 +1314,18 @@ def update(cfg, policy, reference, processor, groups, advantages, optimizer, lr)
             prompts, paths = [groups[q].prompt for q in part], [groups[q].ids for q in part]
             logps, mask = path_logps(policy, processor, prompts, paths, cfg.temperature)            # (q, G, C)
             if inner == 0:
-                old[n] = logps.detach()                        # before the first step the old policy is the policy
-                with torch.no_grad():
-                    ref[n] = path_logps(reference, processor, prompts, paths, cfg.temperature)[0] if reference is not None else old[n]
+                old[n] = ref[n] = logps.detach()               # before the first step the old policy is the policy
+                if reference is not None:
+                    with torch.no_grad():
+                        ref[n] = path_logps(reference, processor, prompts, paths, cfg.temperature)[0]
             A = advantages[part.start:part.stop].to(logps.device)
-            loss, part_stats = grpo_loss(*(x.flatten(0, 1) for x in (logps, old[n], ref[n], A, mask)), cfg.clip, cfg.beta)
+            by_path = [x.flatten(0, 1) for x in (logps, old[n], ref[n], A, mask)]                   # (q·G, C), A (q·G,)
+            loss, part_stats = grpo_loss(*by_path, cfg.clip, cfg.beta)
             share = len(part) / len(groups)                    # of the mean over all paths, whatever the micro-batch
             norm = backward(loss * share, optimizer, [groups[q].row for q in part])
             for name, value in {**part_stats, "loss": loss.item()}.items():
                 stats[name] += share * value / cfg.inner_updates
-            if inner == 0:                                     # cached sampling against the packed forward: rounding only
+            if inner == 0:                                     # cached sampling against packed forward: rounding only
                 sampled = torch.cat([p for q in part for p in groups[q].logps])
                 stats["sampling_gap"] += share * (old[n][mask].cpu() - sampled).abs().mean().item()
         optimizer.step(lr, norm, cfg.max_grad_norm)
@@ -1334,17 +1350,19 @@ def train(run, cfg, policy, reference, processor, rows, optimizer):
         run.log("metrics.jsonl", record)
         tqdm.write(format_update(record, cfg))
         if groups and step % cfg.show_every == 0:
-            for g in (int(rewards[0].argmax()), int(rewards[0].argmin())):
-                tqdm.write(show_path(groups[0], g, advantages[0, g].item()))
-                run.log("samples.jsonl", {"step": step + 1, "where": groups[0].row.where, "problem": groups[0].row.problem,
-                                          "path": groups[0].texts[g], **groups[0].scores[g],
-                                          "advantage": advantages[0, g].item()})
+            row, texts, scores = groups[0].row, groups[0].texts, groups[0].scores
+            for g in (int(rewards[0].argmax()), int(rewards[0].argmin())):     # the best and the worst of a group
+                advantage = advantages[0, g].item()
+                tqdm.write(show_path(row, texts[g], scores[g], advantage))
+                run.log("samples.jsonl", {"step": step + 1, "where": row.where, "problem": row.problem,
+                                          "path": texts[g], **scores[g], "advantage": advantage})
         run.end_update(policy, processor, optimizer, step + 1, drawn)
 
 
 def summarize(groups, rewards, cfg):
     """Means over all paths of an update."""
-    scores, lengths = [s for group in groups for s in group.scores], [len(path) for group in groups for path in group.ids]
+    scores = [score for group in groups for score in group.scores]
+    lengths = [len(path) for group in groups for path in group.ids]
     means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
     return {**means, "reward_std": rewards.std(1).mean().item(), "length": sum(lengths) / len(lengths),
             "cut": sum(n == cfg.max_new_tokens for n in lengths) / len(lengths)}
@@ -1356,33 +1374,34 @@ def format_update(record, cfg):
     tail = f"flat {record['flat_groups']:2d}  lr {record['lr']:.1e}  {record['seconds']:5.1f}s"
     if not record["questions"]:
         return f"{head}  every group was flat: nothing learned  {tail}"
-    return (f"{head}  reward {record['reward']:.3f}  right {record['right']:.2f}  k {record['k']:.2f}  valid "
-            f"{record['step_validity']:.2f}  KL {record['kl']:.4f}  loss {record['loss']:+.4f}  len {record['length']:4.0f}  {tail}")
+    return (f"{head}  reward {record['reward']:.3f}  right {record['right']:.2f}  k {record['k']:.2f}  "
+            f"valid {record['step_validity']:.2f}  KL {record['kl']:.4f}  len {record['length']:4.0f}  {tail}")
 
 
-def show_path(group, g, advantage):
-    """A sampled path as text: its sections, the key steps that each step earned, its rewards and its advantage."""
-    row, score, path = group.row, group.scores[g], split_path(group.texts[g])
-    earned = matched_key_steps(group.texts[g], row.key_steps) if row.key_steps else []
-    texts, steps = path._asdict(), iter(range(len(path.steps)))
-    lines = [f"┌ {row.where}: {row.problem}"]
+def show_path(row, text, score, advantage):
+    """A sampled path for people: its sections, the key steps that each step earned, its rewards and its advantage."""
+    path = split_path(text)
+    earned = matched_key_steps(text, row.key_steps) if row.key_steps else []
+    shown, steps, lines = path._asdict(), enumerate(path.steps), [f"┌ {row.where}: {row.problem}"]
     for name in path.order:
+        if name == "reasoning":                                # a heading with nothing to show
+            continue
+        content = shown.get(name, "")
         if name.startswith("step "):
-            i = next(steps)
-            text = path.steps[i] + "".join(f"   ✓ {row.key_steps[k][0]}" for k, step in enumerate(earned) if step == i)
+            i, content = next(steps)
+            content += "".join(f"   ✓ {row.key_steps[k][0]}" for k, step in enumerate(earned) if step == i)
         elif name == "answer":
-            text = f"{path.answer}   " + ("✓" if score["right"] else f"✗ (right: {row.answer})")
-        else:
-            text = texts.get(name, "")
-        lines.append(f"│ {name:12}" + " ".join(text.split()))
+            content += "   ✓" if score["right"] else f"   ✗ (right: {row.answer})"
+        lines.append(f"│ {name:12}" + " ".join(content.split()))
     missed = [row.key_steps[k][0] for k, step in enumerate(earned) if step is None]
     lines += ["│ missed      " + ", ".join(missed)] if missed else []
-    return "\n".join(lines + [f"└ reward {score['reward']:.2f}: StepRAR {score['step_accuracy']:.2f} with k {score['k']:.2f}, "
-                              f"StepRVR {score['step_validity']:.0f}; advantage {advantage:+.2f}"])
+    lines.append(f"└ reward {score['reward']:.2f}: StepRAR {score['step_accuracy']:.2f} with k {score['k']:.2f}, "
+                 f"StepRVR {score['step_validity']:.0f}; advantage {advantage:+.2f}")
+    return "\n".join(lines)
 
 
 def evaluate(run, cfg, policy, processor, rows, name, temperature):
-    """Mean scores over the held-out questions, one path each; temperature 0 is greedy. Kept in run.state under `name`."""
+    """Mean scores over the held-out questions, one path each; temperature 0 is greedy. Kept in run.state["evaluations"]."""
     if name in run.state["evaluations"] or not rows:
         return
     generator, scores = torch.Generator(policy.device).manual_seed(cfg.seed), []
@@ -1393,11 +1412,12 @@ def evaluate(run, cfg, policy, processor, rows, name, temperature):
             sampled = rollout(policy, processor, prompts, 1, cfg.max_new_tokens, temperature, generator)
             scores += [score_path(texts[0], row, cfg) for texts, row in zip(sampled.texts, batch)]
             bar.update(len(batch))
-    run.state["evaluations"][name] = {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
-    run.log("metrics.jsonl", {"phase": "evaluation", "name": name, "questions": len(rows), **run.state["evaluations"][name]})
+    means = {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
+    run.state["evaluations"][name] = means
+    run.log("metrics.jsonl", {"phase": "evaluation", "name": name, "questions": len(rows), **means})
 
 
-# ─────────────────────────────────────────────────────── 11. Main ───────────────────────────────────────────────────────
+# ─── 11. Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def load_data(cfg):
     """→ training rows, warm-up rows, held-out rows, complaints. The held-out questions are never trained on."""
@@ -1433,6 +1453,22 @@ def pick_device(cfg):
     return device, getattr(torch, cfg.dtype)
 
 
+def print_curves(run, width=60):
+    """The training curves as one line of blocks each, lowest value to highest."""
+    records = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    records = [r for r in records if r["phase"] == "StepGRPO" and r["questions"]]
+    if not records:
+        return
+    print(f"\nStepGRPO, {len(records)} updates, on the training questions as they were sampled")
+    for name in ("right", "k", "step_validity", "kl", "length"):
+        values = [r[name] for r in records]
+        bins = [values[i * len(values) // width:(i + 1) * len(values) // width] for i in range(width)]
+        means = [sum(b) / len(b) for b in bins if b]
+        low, high = min(means), max(means)
+        blocks = "".join("▁▂▃▄▅▆▇█"[round(7 * (m - low) / (high - low or 1))] for m in means)
+        print(f"{name:14}{means[0]:8.3f} {blocks} {means[-1]:.3f}")
+
+
 def print_table(run, questions):
     print(f"\n{'held-out, ' + str(questions) + ' questions':34}{'right':>8}{'StepRAR':>9}{'StepRVR':>9}{'k':>8}")
     for how in ("greedy", "sampled at T = 1"):
@@ -1458,8 +1494,10 @@ def run_all(run, cfg):
     train_rows, warmup_rows, test_rows = validate((train_rows, warmup_rows, test_rows), complaints, processor, cfg)
     if cfg.warmup_steps == -1:
         cfg.warmup_steps = math.ceil(2 * len(warmup_rows) / cfg.warmup_batch)
-    if not train_rows or cfg.warmup_steps and not warmup_rows:
-        raise Problem("no questions to train on" if not train_rows else "--warmup-steps needs paths: --warmup-data FILE.json")
+    if not train_rows:
+        raise Problem(f"{cfg.data} holds no questions to train on")
+    if cfg.warmup_steps and not warmup_rows:
+        raise Problem("--warmup-steps needs reference paths: --warmup-data FILE.json")
     millions = sum(p.numel() for p in policy.parameters()) / 1e6
     print(f"{millions:,.1f} M parameters; {len(train_rows)} questions, {len(warmup_rows)} warm-up paths, "
           f"{len(test_rows)} held-out questions")
@@ -1491,6 +1529,7 @@ def run_all(run, cfg):
     except NonFinite:
         run.save(policy, processor, optimizer)
         raise
+    print_curves(run)
     if test_rows:
         print_table(run, len(test_rows))
     print(f"\nthe policy is in {run.out / 'checkpoint'}, the curves in {run.out / 'metrics.jsonl'}")
