@@ -21,11 +21,11 @@ Where this differs from the paper (P) or from its official code (C), and why:
      2. C     a path without a final answer scores 0 in StepRAR, as the paper says (the code still pays α·k).
      3. C     the final answer is read from its own section; the code searches the whole path, so that a right number
               in a step can rescue a wrong answer.
-     4. C     key steps match whole words and whole numbers, after LaTeX, spacing and operators are folded; the code
-              looks for substrings ("2" in "12"). One step can earn only part of the key steps, so that a dump of
-              key words does not beat an honest path.
-     5. C     StepRVR also asks that description and rationale come first, that no section is empty, and for exactly
-              one answer with no step after it; the code pays an empty skeleton.
+     4. P, C  key steps match whole words and whole numbers, after LaTeX, spacing and operators are folded; the code
+              looks for substrings ("2" in "12"). Ours alone: a negated match does not count, and one step can earn
+              only part of the key steps, so that a dump of key words does not beat an honest path.
+     5. C     StepRVR asks, as the paper does, that description and rationale come first, that no section is empty, and
+              for exactly one answer with no step after it; the code pays an empty skeleton.
      6. C     no prompt is cut: one that is too long is an error which names the row. Images become RGB.
      7. C     log-probs use the sampling temperature (the 7B trainer there samples at another one).
      8. C     one GPU and one process; all G paths of a question share one encoding of image and prompt, in sampling
@@ -40,12 +40,14 @@ import contextlib
 import functools
 import json
 import math
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -54,10 +56,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, DynamicCache, Qwen2Tokenizer,
@@ -87,7 +90,7 @@ Format your response with the following sections, separated by ###:
 {question}"""
 
 
-def build_instruction(question: str) -> str:
+def build_instruction(question):
     """The user's turn for one question, without the image. Needs INSTRUCTION."""
     return INSTRUCTION.replace("{question}", question)  # not str.format: a question may hold braces of its own
 
@@ -100,8 +103,16 @@ SHORT_NAMES = {
 }
 
 
-class Problem(Exception):
+class UserError(Exception):
     """Something the user can mend: says what is wrong, where, and what to do. main() prints it without a traceback."""
+
+
+class NonFinite(UserError):
+    """Numbers have become inf or nan. `harmed`: the weights too, so they must not be saved."""
+
+    def __init__(self, message, harmed):
+        super().__init__(f"{message}. The checkpoint holds a state before this; try a lower learning rate")
+        self.harmed = harmed
 
 
 def knob(default, help):
@@ -110,7 +121,7 @@ def knob(default, help):
 
 @dataclass
 class Config:
-    """Every setting, with the paper's value as default; `TINY` lists what `--model tiny` changes. This is --help."""
+    """Every setting; each help says whether its default is the paper's, the official code's or ours. This is --help."""
     model: str = knob("tiny", "tiny, a short name (" + ", ".join(SHORT_NAMES) + "), a Hub id or a local folder")
     data: str = knob("shapes", "training questions: shapes, a .json or .jsonl file (R1-VL-10K format), or a Hub id")
     warmup_data: str = knob("", "reference paths for the warm-up (Mulberry or R1-VL-10K format); '' = those of shapes "
@@ -159,7 +170,7 @@ class Config:
 # small needs fewer of them; the method is the same.
 TINY = dict(
     warmup_steps=3000, warmup_batch=8, warmup_lr=2e-3, warmup_ratio=0.05,    # it must first learn to see
-    steps=60, questions=8, group_size=8, lr=1e-4,      # 2e-4 drifts; larger groups make up for short training
+    steps=100, questions=8, group_size=8, lr=2e-4,     # small and fresh weights bear 200 times the paper's rate
     temperature=1.0,                                   # its distribution is broad already
     beta=0.01,                                         # the warm-up policy is a weak anchor: let it go further
     max_new_tokens=192, max_prompt_tokens=256,
@@ -194,15 +205,15 @@ def resumed_config(cfg, parser, argv):
     """The settings saved in the run folder; flags given beside --resume change them, and are named."""
     file = Path(cfg.out) / "config.json"
     if not file.exists():
-        raise Problem(f"nothing to resume: {file} does not exist. Start without --resume, or name the run with --out")
+        raise UserError(f"nothing to resume: {file} does not exist. Start without --resume, or name the run with --out")
     saved = json.loads(file.read_text())
     new = Config(**(vars(parser(saved).parse_args(argv)) | {"out": cfg.out}))
-    for name in ("model", "data", "warmup_data", "seed"):
+    for name in ("model", "data", "warmup_data", "seed", "held_out"):
         if getattr(new, name) != saved[name]:
-            raise Problem(f"--{name.replace('_', '-')} cannot change on --resume: {file} says {saved[name]!r}")
-    for name, value in asdict(new).items():
-        if value != saved[name] and name not in ("resume", "overwrite"):
-            print(f"resume: {name} {saved[name]!r} → {value!r}")
+            raise UserError(f"--{name.replace('_', '-')} cannot change on --resume: {file} says {saved[name]!r}")
+    for name, value in saved.items():
+        if getattr(new, name) != value and name not in ("resume", "overwrite"):
+            print(f"resume: {name} {value!r} → {getattr(new, name)!r}")
     return new
 
 
@@ -224,7 +235,7 @@ def check_config(cfg):
         rules.append((getattr(cfg, name) >= 0, f"--{name.replace('_', '-')} must not be negative"))
     wrong = [message for ok, message in rules if not ok]
     if wrong:
-        raise Problem("; ".join(wrong))
+        raise UserError("; ".join(wrong))
 
 
 # ─── 3. Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -245,14 +256,14 @@ class Row(NamedTuple):
 def read_records(file):
     """A .json list or a .jsonl file → list of (where, record); records of .jsonl are still text."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
         if file.suffix == ".jsonl":                            # not splitlines: it also cuts at U+2028 inside a string
             return [(f"{file} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         records = json.loads(text)
     except (OSError, ValueError) as e:
-        raise Problem(f"cannot read {file}: {e}") from None
+        raise UserError(f"cannot read {file}: {e}") from None
     if not isinstance(records, list):
-        raise Problem(f"{file} holds no list of records; data/README.md shows the format")
+        raise UserError(f"{file} holds no list of records; data/README.md shows the format")
     return [(f"{file} row {i}", record) for i, record in enumerate(records, 1)]
 
 
@@ -279,11 +290,11 @@ def parse_record(where, record, folder):
     answer = final_answer(path) if split_path(path).order else path
     if not problem:
         raise ValueError("the problem is empty")
-    if not answer:
+    if not strip_decoration(answer or ""):
         raise ValueError("the solution holds no answer")
-    images = [folder / str(image) for image in (images if isinstance(images, list) else [images])]
+    images = [(folder / str(image)).resolve() for image in (images if isinstance(images, list) else [images])]
     for image in images:
-        if not image.is_file():
+        if not os.path.isfile(image):                          # image.is_file() raises for a name that is too long
             raise ValueError(f"image {image} does not exist")
     key_steps = parse_key_steps(record["key_steps"]) if record.get("key_steps") else []
     return Row(where, problem, answer, path, key_steps, images)
@@ -299,7 +310,7 @@ def read_rows(source, needs_key_steps=False):
             if needs_key_steps and not row.key_steps:
                 raise ValueError("has no key_steps; data/key_steps.py makes them, or choose --reward outcome")
             rows.append(row)
-        except ValueError as e:
+        except (ValueError, OSError) as e:
             complaints.append(f"{where}: {e}")
     return rows, complaints
 
@@ -315,15 +326,15 @@ def find_data(source):
     if Path(source).is_file():
         return Path(source)
     if source.count("/") != 1 or Path(source).suffix in (".json", ".jsonl"):
-        raise Problem(f"data file {source} does not exist")
+        raise UserError(f"data file {source} does not exist")
     try:
-        folder = Path(snapshot_download(source, repo_type="dataset"))
+        folder = Path(huggingface_hub.snapshot_download(source, repo_type="dataset"))
     except (OSError, ValueError) as e:
-        raise Problem(f"cannot get data set {source} from the Hub ({type(e).__name__}). Offline, download it elsewhere "
-                      "and pass the file: --data FILE.json") from None
+        raise UserError(f"cannot get data set {source} from the Hub ({type(e).__name__}). Download it elsewhere "
+                        "and pass the file: --data FILE.json") from None
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".jsonl"))
     if len(files) != 1:
-        raise Problem(f"{folder} holds {len(files)} .json files; pass the one to use: --data FILE.json")
+        raise UserError(f"{folder} holds {len(files)} .json files; pass the one to use: --data FILE.json")
     return files[0]
 
 
@@ -337,14 +348,15 @@ def fitted_size(width, height, max_pixels):
 
 
 def image_size(file, max_pixels):
-    """Size that load_image will give, from the file's header alone."""
+    """Size that load_image will give, from the file's header."""
     with Image.open(file) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5           # EXIF orientation: a quarter turn
+        # EXIF orientation: a quarter turn. Asking a PNG would read all of it; the number of pixels is the same anyway.
+        turned = image.format != "PNG" and image.getexif().get(0x0112, 1) >= 5
         return fitted_size(*(image.size[::-1] if turned else image.size), max_pixels)
 
 
 def load_image(file, max_pixels):
-    """Image file of any mode and size → upright RGB image of `fitted_size`. Problem if it cannot be read."""
+    """Image file of any mode and size → upright RGB image of `fitted_size`. UserError if it cannot be read."""
     try:
         image = ImageOps.exif_transpose(Image.open(file))
         if image.mode.startswith(("I", "F")):                  # 16 bits or floats: to the range of 8
@@ -355,7 +367,7 @@ def load_image(file, max_pixels):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image, size = image.convert("RGB"), fitted_size(*image.size, max_pixels)
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise Problem(f"cannot read image {file}: {e}") from None
+        raise UserError(f"cannot read image {file}: {e}") from None
     return image if image.size == size else ImageOps.pad(image, size, Image.BICUBIC, color="white")
 
 
@@ -374,7 +386,7 @@ def validate(splits, complaints, processor, cfg):
                 complaints.append(f"{row.where}: {e}")
     if complaints and not cfg.skip_bad_rows:
         shown = complaints[:50] + [f"… and {len(complaints) - 50} more"] * (len(complaints) > 50)
-        raise Problem("\n  ".join([f"{len(complaints)} rows cannot be used:", *shown]) +
+        raise UserError("\n  ".join([f"{len(complaints)} rows cannot be used:", *shown]) +
                       "\nMend them (data/README.md shows the format), or go on without them: --skip-bad-rows")
     if complaints:
         print(f"skipped {len(complaints)} bad rows, the first: {complaints[0]}")
@@ -404,7 +416,7 @@ class Sections(NamedTuple):
     order: list[str]  # headers as they appear: description, rationale, reasoning, step 1, step 2, ..., answer
 
 
-def split_path(text: str) -> Sections:
+def split_path(text):
     """Cut a path into the sections of the template. The one place that reads headers.
 
     Case, spaces, the number of #, bold and a missing colon are forgiven. The answer header also counts without #
@@ -423,6 +435,8 @@ def split_path(text: str) -> Sections:
         if header["number"]:
             name = f"step {int(header['number'])}"
             steps.append(body)
+        if name == "answer" and order[-1:] == ["answer"] and not last["answer"] and "#" not in header["marks"]:
+            order.pop()  # the header, said again in its own section, as the instruction's wording suggests
         if name:
             last[name] = body
             order.append(name)
@@ -465,7 +479,7 @@ _TOKEN = re.compile(  # a number, signed after a word ('is -3'); a word with its
 
 
 @functools.lru_cache(maxsize=8192)                          # the same forms are asked for with every path of a group
-def canonical(text: str) -> str:
+def canonical(text):
     """One plain spelling for all ways to write the same words and formulas: tokens joined by single spaces.
 
     '\\frac{6}{3} = 2', '6÷3=2' and '6 divided by 3 equals 2' all become '6 / 3 = 2'. A number is one token, so
@@ -489,7 +503,7 @@ def canonical(text: str) -> str:
     return text.rstrip(" .,;:")
 
 
-def strip_decoration(text: str) -> str:
+def strip_decoration(text):
     """Remove what surrounds an answer: bold, $, quotes, \\( \\), \\[ \\], \\boxed{}, \\text{}, a trailing period."""
     for _ in range(8):  # layers; each round peels at least one
         before = text
@@ -502,13 +516,14 @@ def strip_decoration(text: str) -> str:
     return text
 
 
-def final_answer(text: str) -> str | None:
+def final_answer(text):
     """The answer a path commits to: what stands under its LAST answer header, undecorated; None when there is none.
 
     Only the header counts. The official code searches the whole completion, so a right number in a step rescues
     a wrong answer. Needs split_path, strip_decoration.
     """
-    return strip_decoration(split_path(text).answer or "") or None
+    answer = re.sub(r"\A\W*(?:the )?(?:final )?answer is\b[ :]*", "", split_path(text).answer or "", flags=re.I)
+    return strip_decoration(answer) or None
 
 
 # 'C', '(C)', 'C.', 'C: 123', '(C) 123', 'option C'; 'A dog' is no option. A second marker means no choice was made.
@@ -516,7 +531,7 @@ _OPTION = re.compile(r"(?:(?:option|choice) +)?(?:\(([a-h])\)|([a-h])(?=[.:)]|\Z
 _MARKER = re.compile(r"\([a-h]\)|\b[A-H][.:)]")
 
 
-def split_option(text: str) -> tuple[str, str]:
+def split_option(text):
     """'(C) 123' -> ('c', ' 123'); 'C' -> ('c', ''); ('', text) when no option is chosen. Needs _OPTION, _MARKER."""
     match = _OPTION.fullmatch(text)
     if not match or _MARKER.search(match[3]):
@@ -538,7 +553,7 @@ _SHORT_UNITS = [("centi", "c"), ("kilo", "k"), ("milli", "m"), ("metre", "m"), (
 _NAMED = re.compile(r"(?:([^\d=]*) = )?(.*)")  # 'x = 3': a name and a value
 
 
-def parse_quantity(text: str) -> tuple[Fraction, str] | None:
+def parse_quantity(text):
     """Exact value and unit of a canonical text: '3 / 4', '1 1 / 2', '1.5 * 10 ^ 3', '5 cm ^ 2'; None if not a number.
 
     Needs _QUANTITY (from _NUM and _UNIT_WORD), _SHORT_UNITS.
@@ -556,7 +571,7 @@ def parse_quantity(text: str) -> tuple[Fraction, str] | None:
     return value, unit
 
 
-def same_answer(a: str | None, b: str | None) -> bool:
+def same_answer(a, b):
     """Whether two answers say the same (ours). Symmetric; empty and None equal nothing, not even each other.
 
     Option letters decide when both sides have one, and texts behind them must not differ; when one side has none,
@@ -579,7 +594,7 @@ def same_answer(a: str | None, b: str | None) -> bool:
     return same_value
 
 
-def _same_value(a: str, b: str) -> bool:
+def _same_value(a, b):
     """same_answer for two canonical texts without option letters. Needs parse_quantity, _NAMED."""
     (name_a, a), (name_b, b) = (_NAMED.fullmatch(side).groups() for side in (a, b))
     if name_a and name_b and name_a != name_b:  # x = 3 is not y = 3
@@ -601,7 +616,7 @@ _CLAUSE_ENDS = {".", ",", ";", ":", "!", "?", "but"}
 _JOINS = {"+", "-", "*", "/", "^", "√"}
 
 
-def parse_key_steps(value: object) -> list[list[str]]:
+def parse_key_steps(value):
     """Key steps as users bring them -> groups of equivalent forms. ValueError says what is wrong and where.
 
     Takes a list of groups (each a list of forms or one bare string), or the dict of R1-VL-10K, also alone in a
@@ -610,28 +625,20 @@ def parse_key_steps(value: object) -> list[list[str]]:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         value = value[0]
     if isinstance(value, dict):
-        if "Steps" not in value:
-            raise ValueError(f'key steps: no "Steps" among {sorted(map(str, value))}')
-        value = value["Steps"]
-    if not isinstance(value, list):
-        raise ValueError(f"key steps: expected a list of groups, not {type(value).__name__}")
-    if not value:
-        raise ValueError("key steps: no groups at all")
+        value = value.get("Steps")
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'key steps: expected groups in a list, or in a dict as "Steps", not {str(value)[:60]}')
     groups = [[group] if isinstance(group, str) else group for group in value]
     for i, group in enumerate(groups, start=1):
-        if not isinstance(group, list):
-            raise ValueError(f"key steps: group {i} is not a list but {type(group).__name__}")
-        if not group:
-            raise ValueError(f"key steps: group {i} is empty")
+        if not isinstance(group, list) or not group:
+            raise ValueError(f"key steps: group {i} is empty or no list: {group!r}")
         for j, form in enumerate(group, start=1):
-            if not isinstance(form, str):
-                raise ValueError(f"key steps: group {i}, form {j} is not a string but {type(form).__name__}")
-            if not canonical(form):  # '' or '$$' would be found in every step
-                raise ValueError(f"key steps: group {i}, form {j} has no word, number or symbol: {form!r}")
+            if not isinstance(form, str) or not canonical(form):  # '' or '$$' would be found in every step
+                raise ValueError(f"key steps: group {i}, form {j} is no text with a word, number or symbol: {form!r}")
     return groups
 
 
-def states(step: list[str], form: list[str]) -> bool:
+def says(step, form):
     """Whether a step says a form, both as canonical tokens. Needs _NEGATION, _CLAUSE_ENDS, _JOINS.
 
     Not when one of the three words before it, in the same clause, negates it (unless the form is a negation itself),
@@ -653,50 +660,52 @@ def states(step: list[str], form: list[str]) -> bool:
     return False
 
 
-def matched_key_steps(text: str, key_steps: list[list[str]]) -> list[int | None]:
+def matched_key_steps(text, key_steps):
     """For each of the K groups, the index of the step that earned it, or None.
 
     A group can be earned by any step that states one of its forms; text outside the steps does not count. One step
     earns at most max(2, ceil(K/3)) groups (ours): otherwise the best policy is a single step that lists all key
     words, which no reader would call reasoning. Groups go to steps so that as many as possible are earned, so an
     honest path hardly meets the cap. It does not stop a path that spreads the same words over several steps.
-    The official code looks for plain substrings, so '2' matches in '12'. Needs split_path, canonical, states.
+    The official code looks for plain substrings, so '2' matches in '12'. Needs parse_key_steps, split_path, canonical,
+    says.
     """
     key_steps = parse_key_steps(key_steps)
     text = text[:10_000]  # twice what 1024 tokens of prose fill; bounds the time a hostile path can take
     steps = [canonical("\n" + step).split() for step in split_path(text).steps]  # \n: a bullet may open the step
     groups = [[canonical(form).split() for form in group] for group in key_steps]
-    homes = [[i for i, step in enumerate(steps) if any(states(step, form) for form in group)] for group in groups]
+    homes = [[i for i, step in enumerate(steps) if any(says(step, form) for form in group)] for group in groups]
 
     capacity = max(2, -(-len(groups) // 3))
-    earned: list[int | None] = [None] * len(groups)
-    for group, home in enumerate(homes):
-        # Breadth-first search for a step with room. A full step may pass one of its groups on to another home of it.
-        mover = dict.fromkeys(home, group)  # step -> the group that would move there
-        queue = list(mover)
-        for step in queue:
-            if earned.count(step) < capacity:
-                while step is not None:  # walk back to `group`, whose step is still None
-                    earned[mover[step]], step = step, earned[mover[step]]
-                break
-            for other in (g for g, s in enumerate(earned) if s == step):
-                fresh = [s for s in homes[other] if s not in mover]
-                mover.update(dict.fromkeys(fresh, other))
-                queue.extend(fresh)  # the loop above goes on into what is added here
+    earned = [None] * len(groups)
+
+    def place(group, tried):
+        """Gives `group` a step with room; a full step may pass one of its groups on (Kuhn's bipartite matching)."""
+        for step in homes[group]:
+            if step not in tried:
+                tried.add(step)
+                holders = [other for other, s in enumerate(earned) if s == step]
+                if len(holders) < capacity or any(place(other, tried) for other in holders):
+                    earned[group] = step
+                    return True
+        return False
+
+    for group in range(len(groups)):
+        place(group, set())
     return earned
 
 
-def match_key_steps(text: str, key_steps: list[list[str]]) -> float:
+def match_key_steps(text, key_steps):
     """k of Eq. 2: matched groups / all groups, in [0, 1]. ValueError: malformed key steps. Needs matched_key_steps."""
     earned = matched_key_steps(text, key_steps)
     return sum(step is not None for step in earned) / len(earned)
 
 
-def step_accuracy_reward(text: str, answer: str, key_steps: list[list[str]], alpha: float = 0.1) -> float:
+def step_accuracy_reward(text, answer, key_steps, alpha=0.1):
     """StepRAR (paper, Eq. 2): 1 + alpha * k for the right answer, alpha * k for a wrong one, 0 without an answer.
 
     The official code forgets the third case and pays alpha * k to a path that never answers.
-    ValueError when the ground truth is empty. Needs final_answer, same_answer, match_key_steps.
+    ValueError when the ground truth is empty. Needs final_answer, strip_decoration, same_answer, match_key_steps.
     """
     if not strip_decoration(answer):
         raise ValueError(f"the ground-truth answer is empty: {answer!r}")
@@ -706,7 +715,7 @@ def step_accuracy_reward(text: str, answer: str, key_steps: list[list[str]], alp
     return float(same_answer(prediction, answer)) + alpha * match_key_steps(text, key_steps)
 
 
-def step_validity_reward(text: str) -> float:
+def step_validity_reward(text):
     """StepRVR (paper, Eq. 3): 1 if the path is complete and logical, else 0. Needs split_path, final_answer.
 
     Complete: description, rationale, at least one step and an answer, none of them empty. Logical: description and
@@ -771,7 +780,7 @@ class Processor:
         self.banned[len(tokenizer):] = True
         self.banned[[self.special[token] for token in SPECIAL_TOKENS if token not in EOS_TOKENS]] = True
 
-    @functools.lru_cache(maxsize=4096)                         # the layout, and questions asked again
+    @functools.lru_cache(maxsize=4096)                         # many rows ask the same question
     def token_count(self, text):
         return len(self.prompt(text).ids)
 
@@ -819,23 +828,26 @@ def load_model(name, device, dtype, max_pixels):
     if (Path(source) / "checkpoint").is_dir():
         source = str(Path(source) / "checkpoint")
     if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise Problem(f"no model {name!r}: pass a folder, a Hub id (owner/name) or one of {', '.join(SHORT_NAMES)}")
+        raise UserError(f"no model {name!r}: pass a folder, a Hub id (owner/name) or one of {', '.join(SHORT_NAMES)}")
     try:
         kind = AutoConfig.from_pretrained(source).model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl"):
-            raise Problem(f"{name} is a {kind} model; this script trains qwen2_vl and qwen2_5_vl")
+            raise UserError(f"{name} is a {kind} model; this script trains qwen2_vl and qwen2_5_vl")
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(source)
         # max_pixels takes effect only here: set later, some versions ignore it.
         images = Qwen2VLImageProcessorPil.from_pretrained(source, max_pixels=max_pixels)
-    except OSError as e:
-        raise Problem(f"cannot load model {source}: no complete checkpoint folder, not in the Hub cache, and the Hub did "
-                      f"not give it ({str(e).splitlines()[0]})") from None
+        if len({*map(tokenizer.convert_tokens_to_ids, SPECIAL_TOKENS)} - {None}) < len(SPECIAL_TOKENS):
+            raise ValueError("its tokenizer lacks Qwen2-VL's special tokens")
+    except (OSError, ValueError, SafetensorError) as e:
+        reason = (str(e).strip() or type(e).__name__).split("\n")[0]
+        raise UserError(f"cannot load model {source}: it is no complete checkpoint folder, not in the Hub's cache, and "
+                        f"not to be had from the Hub ({reason})") from None
     return model, Processor(tokenizer, images, model.config.get_text_config().vocab_size)
 
 
 def save_model(model, processor, folder):
-    """An ordinary transformers folder, which from_pretrained loads."""
+    """An ordinary transformers folder, which from_pretrained loads (its max_pixels is the one of training)."""
     for part in (model, processor.tokenizer, processor.image_processor):
         part.save_pretrained(folder)
 
@@ -899,7 +911,8 @@ def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1
 
     Image and prompt are encoded once per question; then its part of the KV cache is repeated for its G paths, and each
     step feeds one token per path. A path ends at either EOS or after max_new_tokens. generator: of the model's device.
-    The checkpoint's generation_config (the published one has top_k 1) plays no part. RuntimeError without a cache.
+    The checkpoint's generation_config (the published one has top_k 1) plays no part. RuntimeError without a cache,
+    NonFinite when the model has run away.
     """
     device, Q, B = model.device, len(prompts), len(prompts) * group_size
     was_training = model.training
@@ -913,7 +926,8 @@ def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1
     ids, positions, real, is_image, banned = (x.to(device) for x in (ids, positions, real, is_image, processor.banned))
 
     # Prefill. A padded query may see itself, which keeps its softmax finite; nobody else ever sees it.
-    causal, itself = torch.ones(2, P, P, dtype=torch.bool, device=device).tril()[0], torch.eye(P, device=device).bool()
+    causal = torch.ones(P, P, dtype=torch.bool, device=device).tril()
+    itself = torch.eye(P, dtype=torch.bool, device=device)
     allowed = causal & real[:, None] | itself                                                       # (Q, P, P)
     decoder, cache, embeds = model.model.language_model, DynamicCache(), embed(model, ids, is_image, prompts)
     mask = additive(allowed, embeds.dtype)[:, None]                                                 # (Q, 1, P, P)
@@ -934,6 +948,8 @@ def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1
     out_logps = torch.zeros(B, max_new_tokens, device=device)
     for c in range(max_new_tokens):
         logps = tempered_logps(model.lm_head(hidden), temperature or 1.0, banned)                   # (B, V)
+        if c == 0 and logps.isnan().any():
+            raise NonFinite("the policy's log-probs are nan", harmed=True)
         token = logps.argmax(-1, keepdim=True)                                                      # (B, 1)
         if temperature:
             token = torch.multinomial(logps.exp(), 1, generator=generator)
@@ -961,7 +977,7 @@ def cut_at_eos(processor, ids, logps, group_size):
     is_eos = torch.isin(ids, torch.tensor(processor.eos))
     lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, ids.shape[1]).tolist()
     ids, logps = ([row[:n] for row, n in zip(rows, lengths)] for rows in (ids, logps))
-    return Rollout(*(split(x, group_size) for x in (ids, [processor.decode(path) for path in ids], logps)))
+    return Rollout(*(chunks(x, group_size) for x in (ids, [processor.decode(path) for path in ids], logps)))
 
 
 # ─── 8. Log-probs and the objective ───────────────────────────────────────────────────────────────────────────────────
@@ -1010,7 +1026,7 @@ def token_logps(head, hidden, targets, temperature, banned, chunk=512):
     for path tokens only, `chunk` at a time, and made again in backward instead of kept."""
     def project(hidden, targets):
         return tempered_logps(head(hidden), temperature, banned).gather(1, targets[:, None])[:, 0]
-    return torch.cat([checkpoint(project, h, t, use_reentrant=False)
+    return torch.cat([checkpoint(project, h, t, use_reentrant=False, preserve_rng_state=False)
                       for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
 
@@ -1067,7 +1083,7 @@ class MasterAdamW:
         self.separate = offload or any(p.dtype != torch.float32 for p in self.params)
         self.masters = self.params
         if self.separate:
-            home = "cpu" if offload else model.device
+            home = "cpu" if offload else self.params[0].device
             self.masters = [p.detach().to(home, torch.float32, copy=True) for p in self.params]
             for p, master in zip(self.params, self.masters):
                 p.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, master))
@@ -1091,6 +1107,8 @@ class MasterAdamW:
             group["lr"] = lr
         self.adamw.step()
         self.clear()
+        if not math.isfinite(torch.nn.utils.get_total_norm(self.masters)):
+            raise NonFinite("the weights have run away in the last update", harmed=True)
         if self.separate:
             with torch.no_grad():
                 for p, master in zip(self.params, self.masters):
@@ -1099,19 +1117,14 @@ class MasterAdamW:
     def clear(self):
         self.adamw.zero_grad(set_to_none=True)
 
-    def forget(self):
-        """A new phase begins: no moments."""
-        self.adamw.state.clear()
-
     def state_dict(self):
         return {"adamw": self.adamw.state_dict(), "masters": self.masters if self.separate else None}
 
     def load_state_dict(self, state):
         self.adamw.load_state_dict(state["adamw"])
-        if self.separate:
-            with torch.no_grad():
-                for master, saved in zip(self.masters, state["masters"]):
-                    master.copy_(saved)
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"] or []):
+                master.copy_(saved)
 
 
 class Run:
@@ -1119,27 +1132,33 @@ class Run:
     LOGS = ("metrics.jsonl", "samples.jsonl")
 
     def __init__(self, cfg):
-        self.cfg, self.out, self.stop = cfg, Path(cfg.out), False
-        if self.out.exists() and any(self.out.iterdir()) and not cfg.resume:
-            if not cfg.overwrite:
-                raise Problem(f"{self.out} exists. Go on with it: --resume; delete it: --overwrite; or choose --out")
-            model = Path(cfg.model).resolve()
-            if not (self.out / "metrics.jsonl").exists() or self.out.resolve() in (model, *model.parents):
-                raise Problem(f"--overwrite does not delete {self.out}: it is no run folder, or holds the --model")
-            shutil.rmtree(self.out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        for file in self.LOGS:
-            (self.out / file).touch()
+        """Checks that the folder may be used; `open` makes it, once data and model have turned out to be good."""
+        self.cfg, self.out, self.stop, self.optimizer_state = cfg, Path(cfg.out), False, None
         # All that resuming needs beside weights and optimiser: random numbers are functions of seed and step.
         self.state = {"phase": "warm-up", "step": 0, "drawn": 0, "evaluations": {},
                       "lines": dict.fromkeys(self.LOGS, 0)}
-        self.optimizer_state = None
         if cfg.resume:
-            self.resume()
-        (self.out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+            self.load_state()
+        elif self.out.is_file() or self.out.is_dir() and any(self.out.iterdir()):
+            if not cfg.overwrite:
+                raise UserError(f"{self.out} exists. Go on with it: --resume; delete it: --overwrite; or choose --out")
+            model = Path(cfg.model).resolve()
+            if not (self.out / "metrics.jsonl").exists() or self.out.resolve() in (model, *model.parents):
+                raise UserError(f"--overwrite does not delete {self.out}: it is no run folder, or holds the --model")
 
-    def resume(self):
-        """Takes up the last checkpoint; what was logged after it is dropped, for it is about to be done again."""
+    def open(self):
+        if self.cfg.overwrite and self.out.exists():
+            shutil.rmtree(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        settings = {**asdict(self.cfg), "resume": False, "overwrite": False}
+        (self.out / "config.json").write_text(json.dumps(settings, indent=1))
+        for file in self.LOGS:                                 # what a resumed run is about to do again is dropped
+            lines = (self.out / file).read_text(encoding="utf-8").split("\n") if (self.out / file).exists() else []
+            kept = "".join(line + "\n" for line in lines[:self.state["lines"][file]])
+            (self.out / file).write_text(kept, encoding="utf-8")
+
+    def load_state(self):
+        """Takes up the last checkpoint."""
         old, final = self.out / "checkpoint.old", self.out / "checkpoint"
         if old.exists() and not final.exists():                # killed between the two renames of `save`
             old.rename(final)
@@ -1149,9 +1168,6 @@ class Run:
             print(f"resuming {self.out} after {self.state['phase']} update {self.state['step']}")
         else:
             print(f"{self.out} holds no checkpoint yet: starting from the beginning")
-        for file in self.LOGS:
-            lines = (self.out / file).read_text(encoding="utf-8").split("\n")[:self.state["lines"][file]]
-            (self.out / file).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def log(self, file, record):
         with open(self.out / file, "a", encoding="utf-8") as f:
@@ -1159,7 +1175,7 @@ class Run:
         self.state["lines"][file] += 1
 
     def save(self, policy, processor, optimizer):
-        """Writes checkpoint/ atomically: a kill at any moment leaves the old one or the new one, whole."""
+        """Writes checkpoint/ atomically: a process killed at any moment leaves the old one or the new one, whole."""
         new, old, final = (self.out / name for name in ("checkpoint.new", "checkpoint.old", "checkpoint"))
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -1199,33 +1215,26 @@ class Run:
 
 # ─── 10. Warm-up and StepGRPO ─────────────────────────────────────────────────────────────────────────────────────────
 
-def split(items, size):
+def chunks(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
+@functools.lru_cache(maxsize=2)
+def shuffled(n, seed, epoch):
+    return random.Random(f"{seed} {epoch}").sample(range(n), n)
+
+
 def draw(rows, number, seed, drawn):
-    """The next `number` rows of an endless shuffled stream of which `drawn` are used up."""
-    picked = []
-    while len(picked) < number:
-        epoch, i = divmod(drawn + len(picked), len(rows))
-        order = random.Random(f"{seed} {epoch}").sample(rows, len(rows))
-        picked += order[i:i + number - len(picked)]
-    return picked
+    """The next `number` rows of an endless stream, shuffled anew in each epoch, of which `drawn` are used up."""
+    places = (divmod(n, len(rows)) for n in range(drawn, drawn + number))
+    return [rows[shuffled(len(rows), seed, epoch)[i]] for epoch, i in places]
 
 
-class NonFinite(Problem):
-    """A loss or gradient is inf or nan. The weights are still those of the last good update."""
-
-
-def backward(loss, optimizer, rows):
-    """Backward pass → norm of all gradients so far. A non-finite number stops, with the questions it came from."""
-    loss.backward()
-    norm = optimizer.gradient_norm()
-    if not (math.isfinite(norm) and math.isfinite(loss.item())):
-        optimizer.clear()
-        raise NonFinite(f"loss {loss.item()}, gradient norm {norm} at " + "; ".join(row.where for row in rows) +
-                        ". The checkpoint holds the state before. Lower the learning rate, or look at these rows")
-    return norm
+def check_finite(name, value, rows, harmed=False):
+    """Stops at inf and nan, with the questions it came from."""
+    if not math.isfinite(value):
+        raise NonFinite(f"{name} {value} at " + "; ".join(row.where for row in rows), harmed)
+    return value
 
 
 def warm_up(run, cfg, policy, processor, rows, optimizer):
@@ -1237,13 +1246,14 @@ def warm_up(run, cfg, policy, processor, rows, optimizer):
         batch = draw(rows, cfg.warmup_batch, cfg.seed, step * cfg.warmup_batch)
         pairs = sorted(((processor.path_ids(row.path), row) for row in batch), key=lambda pair: len(pair[0]))
         tokens, total = sum(len(path) for path, _ in pairs), 0.0
-        for part in split(pairs, cfg.micro_batch):             # paths of like length together: little padding
+        for part in chunks(pairs, cfg.micro_batch):            # paths of like length together: little padding
             prompts = [make_prompt(processor, row, cfg) for _, row in part]
             logps, _ = path_logps(policy, processor, prompts, [[path] for path, _ in part])
             loss = -logps.sum() / tokens                       # all tokens of the update, whatever the micro-batch
-            norm = backward(loss, optimizer, [row for _, row in part])
-            total += loss.item()
-        lr = cfg.warmup_lr * warmup_schedule((step + 1) / cfg.warmup_steps, cfg.warmup_ratio)
+            loss.backward()
+            total += check_finite("loss", loss.item(), [row for _, row in part])
+        norm = check_finite("gradient norm", optimizer.gradient_norm(), batch)
+        lr = cfg.warmup_lr * warmup_schedule((step + 0.5) / cfg.warmup_steps, cfg.warmup_ratio)
         optimizer.step(lr, norm, cfg.max_grad_norm)
         bar.set_postfix(loss=f"{total:.3f}", lr=f"{lr:.1e}")
         run.log("metrics.jsonl", {"phase": "warm-up", "step": step + 1, "loss": total, "grad_norm": norm, "lr": lr})
@@ -1310,7 +1320,7 @@ def update(cfg, policy, reference, processor, groups, advantages, optimizer, lr)
     policy.train()
     stats, old, ref = collections.Counter(), {}, {}
     for inner in range(cfg.inner_updates):
-        for n, part in enumerate(split(range(len(groups)), cfg.micro_batch)):
+        for n, part in enumerate(chunks(range(len(groups)), cfg.micro_batch)):
             prompts, paths = [groups[q].prompt for q in part], [groups[q].ids for q in part]
             logps, mask = path_logps(policy, processor, prompts, paths, cfg.temperature)            # (q, G, C)
             if inner == 0:
@@ -1322,12 +1332,14 @@ def update(cfg, policy, reference, processor, groups, advantages, optimizer, lr)
             by_path = [x.flatten(0, 1) for x in (logps, old[n], ref[n], A, mask)]                   # (q·G, C), A (q·G,)
             loss, part_stats = grpo_loss(*by_path, cfg.clip, cfg.beta)
             share = len(part) / len(groups)                    # of the mean over all paths, whatever the micro-batch
-            norm = backward(loss * share, optimizer, [groups[q].row for q in part])
-            for name, value in {**part_stats, "loss": loss.item()}.items():
+            (loss * share).backward()
+            part_stats["loss"] = check_finite("loss", loss.item(), [groups[q].row for q in part], inner > 0)
+            for name, value in part_stats.items():
                 stats[name] += share * value / cfg.inner_updates
             if inner == 0:                                     # cached sampling against packed forward: rounding only
                 sampled = torch.cat([p for q in part for p in groups[q].logps])
                 stats["sampling_gap"] += share * (old[n][mask].cpu() - sampled).abs().mean().item()
+        norm = check_finite("gradient norm", optimizer.gradient_norm(), [group.row for group in groups], inner > 0)
         optimizer.step(lr, norm, cfg.max_grad_norm)
     return {**stats, "grad_norm": norm}
 
@@ -1345,13 +1357,14 @@ def train(run, cfg, policy, reference, processor, rows, optimizer):
         if groups:                                             # with --skip-flat-groups there may be none left
             advantages = group_advantages(rewards)                                                  # (Q, G)
             stats = update(cfg, policy, reference, processor, groups, advantages, optimizer, lr)
-            record.update(stats, **summarize(groups, rewards, cfg))
+            record.update(stats, **summarize(groups, rewards, processor.eos))
         record["seconds"] = time.perf_counter() - began
         run.log("metrics.jsonl", record)
         tqdm.write(format_update(record, cfg))
         if groups and step % cfg.show_every == 0:
             row, texts, scores = groups[0].row, groups[0].texts, groups[0].scores
-            for g in (int(rewards[0].argmax()), int(rewards[0].argmin())):     # the best and the worst of a group
+            ranking = rewards[0].argsort().tolist()
+            for g in (ranking[-1], ranking[0]):                # the best and the worst of a group
                 advantage = advantages[0, g].item()
                 tqdm.write(show_path(row, texts[g], scores[g], advantage))
                 run.log("samples.jsonl", {"step": step + 1, "where": row.where, "problem": row.problem,
@@ -1359,13 +1372,13 @@ def train(run, cfg, policy, reference, processor, rows, optimizer):
         run.end_update(policy, processor, optimizer, step + 1, drawn)
 
 
-def summarize(groups, rewards, cfg):
+def summarize(groups, rewards, eos):
     """Means over all paths of an update."""
     scores = [score for group in groups for score in group.scores]
     lengths = [len(path) for group in groups for path in group.ids]
     means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
     return {**means, "reward_std": rewards.std(1).mean().item(), "length": sum(lengths) / len(lengths),
-            "cut": sum(n == cfg.max_new_tokens for n in lengths) / len(lengths)}
+            "cut": sum(int(path[-1]) not in eos for group in groups for path in group.ids) / len(lengths)}
 
 
 def format_update(record, cfg):
@@ -1401,12 +1414,12 @@ def show_path(row, text, score, advantage):
 
 
 def evaluate(run, cfg, policy, processor, rows, name, temperature):
-    """Mean scores over the held-out questions, one path each; temperature 0 is greedy. Kept in run.state["evaluations"]."""
+    """Mean scores of one path per held-out question; temperature 0 is greedy. Kept in run.state["evaluations"]."""
     if name in run.state["evaluations"] or not rows:
         return
     generator, scores = torch.Generator(policy.device).manual_seed(cfg.seed), []
     with tqdm(desc=f"evaluate, {name}", total=len(rows), unit="question") as bar:
-        for batch in split(rows, cfg.questions * cfg.group_size):              # as many paths at once as in training
+        for batch in chunks(rows, cfg.questions * cfg.group_size):             # as many paths at once as in training
             run.check_stop()
             prompts = [make_prompt(processor, row, cfg) for row in batch]
             sampled = rollout(policy, processor, prompts, 1, cfg.max_new_tokens, temperature, generator)
@@ -1425,12 +1438,14 @@ def load_data(cfg):
     source, warmup, test = cfg.warmup_data or ("shapes/warmup" if cfg.data == "shapes" else ""), [], []
     if source and cfg.warmup_steps:
         rows, more = read_rows(source)
-        complaints += more
+        complaints += more + [f"{row.where}: holds no path" for row in rows if not split_path(row.path).order]
+        rows = [row for row in rows if split_path(row.path).order]
         warmup = [row for row in rows if REFLECTIVE not in row.path]
         if len(warmup) < len(rows):
             print(f"warm-up: {len(rows) - len(warmup)} of {len(rows)} paths left out, for they hold: {REFLECTIVE}")
     if cfg.data == "shapes":
-        test = read_rows("shapes/test")[0][:cfg.held_out]
+        rows, more = read_rows("shapes/test")
+        test, complaints = rows[:cfg.held_out], complaints + more
     elif cfg.held_out:
         rows = random.Random(cfg.seed).sample(train, len(train))
         n = min(cfg.held_out, len(rows) // 10)
@@ -1447,7 +1462,7 @@ def pick_device(cfg):
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise Problem(f"--device {name} is not there: {str(e).splitlines()[0]}") from None
+        raise UserError(f"--device {name} is not there: {str(e).splitlines()[0]}") from None
     if cfg.dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32
     return device, getattr(torch, cfg.dtype)
@@ -1478,26 +1493,53 @@ def print_table(run, questions):
             print(f"{label:34}{e['right']:8.3f}{e['step_accuracy']:9.3f}{e['step_validity']:9.3f}{e['k']:8.3f}")
 
 
+def learn(run, cfg, policy, processor, splits, optimizer):
+    """Warm-up, StepGRPO against the frozen result of the warm-up, and the evaluations before and after."""
+    train_rows, warmup_rows, test_rows = splits
+    if run.state["phase"] == "warm-up":
+        if cfg.warmup_steps:
+            warm_up(run, cfg, policy, processor, warmup_rows, optimizer)
+        save_model(policy, processor, run.out / "reference")
+        optimizer.adamw.state.clear()                          # a new phase: no moments
+        run.state.update(phase="StepGRPO", step=0)
+        run.save(policy, processor, optimizer)
+    reference = None
+    if cfg.beta:
+        reference, _ = load_model(run.out / "reference", policy.device, policy.dtype, cfg.max_pixels)
+        reference.requires_grad_(False)
+    held_out = {"greedy": 0, "sampled at T = 1": 1.0}
+    for name, temperature in held_out.items():
+        evaluate(run, cfg, policy, processor, test_rows, f"before, {name}", temperature)
+    if run.state["step"] < cfg.steps:
+        for name in held_out:                                  # a finished run goes on: its end is another one now
+            run.state["evaluations"].pop(f"after, {name}", None)
+        train(run, cfg, policy, reference, processor, train_rows, optimizer)
+        run.save(policy, processor, optimizer)
+    for name, temperature in held_out.items():
+        evaluate(run, cfg, policy, processor, test_rows, f"after, {name}", temperature)
+    run.save(policy, processor, optimizer)
+
+
 def run_all(run, cfg):
     """Data, model, warm-up, StepGRPO, table."""
     print(textwrap.fill(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()), 120))
     device, dtype = pick_device(cfg)
     train_rows, warmup_rows, test_rows, complaints = load_data(cfg)
-    base = cfg.model
-    if cfg.model == "tiny":
-        base = run.out / "tiny"
-        if not base.exists():
-            build_tiny(base, [row.problem + "\n" + row.path for row in train_rows + warmup_rows], cfg.seed)
-    source = base if run.optimizer_state is None else run.out / "checkpoint"
-    print(f"loading {source} on {device}, {dtype}; torch {torch.__version__}, transformers {transformers.__version__}")
-    policy, processor = load_model(source, device, dtype, cfg.max_pixels)
+    with tempfile.TemporaryDirectory() as folder:
+        source = cfg.model if run.optimizer_state is None else run.out / "checkpoint"
+        if source == "tiny":
+            source = folder
+            build_tiny(folder, [row.problem + "\n" + row.path for row in train_rows + warmup_rows], cfg.seed)
+        print(f"loading {cfg.model} on {device}, {dtype}; torch {torch.__version__}, "
+              f"transformers {transformers.__version__}")
+        policy, processor = load_model(source, device, dtype, cfg.max_pixels)
     train_rows, warmup_rows, test_rows = validate((train_rows, warmup_rows, test_rows), complaints, processor, cfg)
     if cfg.warmup_steps == -1:
         cfg.warmup_steps = math.ceil(2 * len(warmup_rows) / cfg.warmup_batch)
     if not train_rows:
-        raise Problem(f"{cfg.data} holds no questions to train on")
+        raise UserError(f"{cfg.data} holds no questions to train on")
     if cfg.warmup_steps and not warmup_rows:
-        raise Problem("--warmup-steps needs reference paths: --warmup-data FILE.json")
+        raise UserError("--warmup-steps needs reference paths: --warmup-data FILE.json")
     millions = sum(p.numel() for p in policy.parameters()) / 1e6
     print(f"{millions:,.1f} M parameters; {len(train_rows)} questions, {len(warmup_rows)} warm-up paths, "
           f"{len(test_rows)} held-out questions")
@@ -1507,28 +1549,17 @@ def run_all(run, cfg):
     optimizer = MasterAdamW(policy, cfg.offload_optimizer)
     if run.optimizer_state is not None:
         optimizer.load_state_dict(run.optimizer_state)
+        run.optimizer_state = None                             # 26 GB for a 2B model
 
-    try:
-        if run.state["phase"] == "warm-up":
-            if cfg.warmup_steps:
-                warm_up(run, cfg, policy, processor, warmup_rows, optimizer)
-                save_model(policy, processor, run.out / "reference")
-            optimizer.forget()
-            run.state.update(phase="StepGRPO", step=0)
-            run.save(policy, processor, optimizer)
-        reference = None
-        if cfg.beta:                                           # the warm-up policy, frozen
-            source = run.out / "reference" if cfg.warmup_steps else base
-            reference = load_model(source, device, dtype, cfg.max_pixels)[0].requires_grad_(False)
-        for when in ("before", "after"):
-            if when == "after":
-                train(run, cfg, policy, reference, processor, train_rows, optimizer)
-            evaluate(run, cfg, policy, processor, test_rows, f"{when}, greedy", 0)
-            evaluate(run, cfg, policy, processor, test_rows, f"{when}, sampled at T = 1", 1.0)
-        run.save(policy, processor, optimizer)
-    except NonFinite:
-        run.save(policy, processor, optimizer)
-        raise
+    run.open()
+    with run.signals():
+        try:
+            learn(run, cfg, policy, processor, (train_rows, warmup_rows, test_rows), optimizer)
+        except UserError as e:                                 # a torn image, a non-finite loss: keep what was learned
+            if not getattr(e, "harmed", False):
+                optimizer.clear()
+                run.save(policy, processor, optimizer)
+            raise
     print_curves(run)
     if test_rows:
         print_table(run, len(test_rows))
@@ -1537,19 +1568,21 @@ def run_all(run, cfg):
 
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")                   # a terminal without ✓ is no reason to stop
-    transformers.utils.logging.disable_progress_bar()
+        if hasattr(stream, "reconfigure"):                     # a terminal without ✓ is no reason to stop
+            stream.reconfigure(errors="replace", line_buffering=True)
+    transformers.utils.logging.disable_progress_bar()          # of reading weights, but not of downloading them
+    huggingface_hub.utils.enable_progress_bars()
     out = None
     try:
         cfg = parse_config(sys.argv[1:] if argv is None else argv)
         out = cfg.out
-        run = Run(cfg)
-        with run.signals():
-            run_all(run, cfg)
-    except Problem as e:
+        run_all(Run(cfg), cfg)
+    except UserError as e:
         sys.exit(f"stepgrpo: {e}")
     except KeyboardInterrupt:
-        print(f"\nstopped. Go on with: python stepgrpo.py --resume --out {out}")
+        begun = out and (Path(out) / "checkpoint").exists()
+        again = f"Go on with: python stepgrpo.py --resume --out {out}" if begun else "Nothing had begun"
+        print(f"\nstopped. {again}")
         sys.exit(130)
 
 

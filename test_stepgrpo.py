@@ -57,11 +57,6 @@ def load_script(name):
     return module
 
 
-def fault(reason):
-    """Marks a test that shows a fault of stepgrpo.py that is known and not yet mended; it runs, and need not pass."""
-    return pytest.mark.xfail(reason=reason, strict=False)
-
-
 ks, shapes = load_script("key_steps"), load_script("shapes")
 
 
@@ -317,9 +312,9 @@ def test_parse_key_steps_accepts_what_users_bring():
 
 
 @pytest.mark.parametrize("value, message", [
-    ([["a"], ["b"], []], "group 3 is empty"), ([["a"], [5]], "group 2, form 1 is not a string but int"),
-    ({"Rationales": []}, 'no "Steps"'), ([], "no groups at all"), ({"Steps": []}, "no groups at all"),
-    ([3], "group 1 is not a list but int"), (None, "not NoneType"), ("x = 3", "not str"),
+    ([["a"], ["b"], []], "group 3 is empty"), ([["a"], [5]], "group 2, form 1"),
+    ({"Rationales": []}, '"Steps", not None'), ([], r"not \[\]"), ({"Steps": []}, r"not \[\]"),
+    ([3], "group 1 is empty or no list: 3"), (None, "not None"), ("x = 3", "not x = 3"),
     ([["a", "$$"]], "group 1, form 2"), ([""], "group 1, form 1"),
 ])
 def test_parse_key_steps_says_what_is_wrong_and_where(value, message):
@@ -427,7 +422,7 @@ def test_empty_ground_truth_is_an_error(truth):
 
 
 def test_no_key_steps_is_an_error():
-    with pytest.raises(ValueError, match="no groups at all"):
+    with pytest.raises(ValueError, match="expected groups"):
         sg.match_key_steps(a_path(), [])
 
 
@@ -661,7 +656,7 @@ def at_log(phase, step, act):
 # ─── 4. Model, sampling, KV cache ─────────────────────────────────────────────────────────────────────────────────────
 
 def test_only_the_four_packages_and_the_standard_library_are_imported():
-    allowed = {"torch", "transformers", "huggingface_hub", "PIL", "tqdm"} | sys.stdlib_module_names
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors", "PIL", "tqdm"} | sys.stdlib_module_names
     for file in (HERE / "stepgrpo.py", *(HERE / "data").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -1015,7 +1010,7 @@ def test_exif_rotation_is_applied(tmp_path):
 
 def test_an_image_that_cannot_be_read_is_an_error_with_its_name(tmp_path):
     (tmp_path / "torn.png").write_bytes(b"no image")
-    with pytest.raises(sg.Problem, match="torn.png"):
+    with pytest.raises(sg.UserError, match="torn.png"):
         sg.load_image(tmp_path / "torn.png", 400_000)
 
 
@@ -1092,7 +1087,7 @@ def test_equal_rewards_give_exactly_zero_and_noise_stays_small():
 def test_a_group_of_one_is_refused_and_gives_no_nan(shape):
     with pytest.raises(ValueError, match="at least 2"):
         sg.group_advantages(torch.zeros(shape))
-    with pytest.raises(sg.Problem, match="group-size"):
+    with pytest.raises(sg.UserError, match="group-size"):
         sg.parse_config(["--group-size", "1"])
 
 
@@ -1401,15 +1396,14 @@ def test_a_run_trains_and_logs_every_update(straight):
     assert [(row["phase"], row["step"]) for row in rows] == [
         *(("warm-up", step) for step in (1, 2)), *(("StepGRPO", step) for step in (1, 2, 3, 4))]
     warm, rl = rows[:2], rows[2:]
-    assert [row["lr"] for row in warm] == pytest.approx([1e-3 * sg.warmup_schedule(p, 0.05) for p in (0.5, 1.0)])
+    assert [row["lr"] for row in warm] == pytest.approx([1e-3 * sg.warmup_schedule(p, 0.05) for p in (0.25, 0.75)])
     assert [row["lr"] for row in rl] == pytest.approx([1e-3 * (1 - step / 4) for step in range(4)])     # no constant
     assert rl[0]["kl"] == pytest.approx(0, abs=1e-6) and rl[3]["kl"] > 1e-7 and all(row["grad_norm"] > 0 for row in rl)
     for row in rl:
         assert row["loss"] == pytest.approx(0.01 * row["kl"], abs=1e-5) and row["ratio"] == pytest.approx(1, abs=1e-5)
         assert row["sampling_gap"] < 1e-5 and row["clip_fraction"] == 0 and row["length"] <= 8
-    moved = weights(straight / "checkpoint"), weights(straight / "reference"), weights(straight / "tiny")
-    for a, b in itertools.combinations(moved, 2):
-        assert any(not torch.equal(a[name], b[name]) for name in a)
+    reference, policy = weights(straight / "reference"), weights(straight / "checkpoint")
+    assert any(not torch.equal(reference[name], policy[name]) for name in policy)
     saved = json.loads((straight / "config.json").read_text())
     assert set(saved) == {f.name for f in fields(sg.Config)} and saved["steps"] == 4
     samples = records(straight / "samples.jsonl")
@@ -1514,7 +1508,7 @@ def test_resume_names_the_settings_it_changes_and_refuses_those_it_cannot(straig
 
 @pytest.mark.parametrize("flags", [
     ["--save-every", "3"], ["--micro-batch", "1"], ["--show-every", "4"],
-    pytest.param(["--offload-optimizer"], marks=fault("TypeError: the state holds no masters to load"))])
+    ["--offload-optimizer"]])
 def test_resume_with_settings_that_do_not_change_the_result(flags, straight, shapes_set, tmp_path):
     out = tmp_path / "run"
     with varied_rewards():
@@ -1539,7 +1533,6 @@ def test_resume_restores_the_masters_of_bf16_weights(offload, shapes_set, tmp_pa
     assert same(*states) and states[0]["optimizer"]["masters"][0].dtype == torch.float32
 
 
-@fault("config.json keeps overwrite = true, which then excludes --resume")
 def test_resume_of_a_run_that_was_started_with_overwrite(straight, shapes_set, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(straight, out)
@@ -1562,7 +1555,6 @@ def test_a_line_separator_in_a_sampled_path_does_not_shift_the_logs_on_resume(st
     assert "\u2028" in before[0]["path"] and records(out / "samples.jsonl") == before and len(before) == 4
 
 
-@fault("the evaluations of the old end are kept")
 def test_more_steps_after_the_end_are_evaluated_again(shapes_set, tmp_path):
     """Resumed with more --steps, the table must not show the figures of the old end."""
     out = tmp_path / "run"
@@ -1573,7 +1565,7 @@ def test_more_steps_after_the_end_are_evaluated_again(shapes_set, tmp_path):
 
 
 @pytest.mark.parametrize("phase", [
-    "before", pytest.param("after", marks=fault("nothing is saved after the last update"))])
+    "before", "after"])
 def test_a_stop_during_an_evaluation_saves_and_goes_on(phase, shapes_set, tmp_path):
     def stop_in_evaluation(run, cfg, policy, processor, rows, name, temperature, *more):
         if name.startswith(phase) and not stopped:
@@ -1634,7 +1626,6 @@ def test_an_existing_run_is_never_overwritten_unasked(straight, shapes_set, tmp_
     assert (tmp_path / "papers" / "thesis.tex").exists()
 
 
-@fault("the run folder is made before the data are read, and then it exists")
 def test_a_run_that_failed_before_training_does_not_block_the_next_one(shapes_set, tmp_path):
     """The user mends what the message names, and the same command works."""
     flags = run_flags(tmp_path / "run", shapes_set, warmup_steps=0, steps=1)
@@ -1664,7 +1655,6 @@ def test_a_non_finite_loss_stops_with_the_row_named_and_the_last_good_state(valu
     assert_same_run(straight, out)
 
 
-@fault("the weights of the first inner step are saved with the count of the update before")
 def test_a_non_finite_loss_in_a_later_inner_update_saves_the_state_before_the_update(shapes_set, tmp_path):
     """With μ = 2 the first inner step has moved the weights when the second one fails."""
     flags = dict(inner_updates=2, steps=3)
@@ -1683,7 +1673,6 @@ def test_a_non_finite_loss_in_a_later_inner_update_saves_the_state_before_the_up
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-@fault("RuntimeError of multinomial ends in a traceback")
 def test_weights_that_ran_away_stop_with_one_line_and_a_finite_checkpoint(shapes_set, tmp_path):
     """A step of lr 1e38 gives weights whose next logits are not finite: sampling must not end in a traceback."""
     with varied_rewards():
@@ -1691,7 +1680,6 @@ def test_weights_that_ran_away_stop_with_one_line_and_a_finite_checkpoint(shapes
     assert isinstance(refused, str) and refused.startswith("stepgrpo: ")
 
 
-@fault("nothing is saved, and the updates since the last checkpoint are lost")
 def test_an_image_torn_behind_its_header_stops_with_its_name_and_saves(shapes_set, tmp_path):
     """The validation reads headers only, so this one shows when its row is drawn."""
     rows = json.loads((shapes_set / "train.json").read_text())
@@ -1797,7 +1785,7 @@ def test_an_update_of_flat_groups_alone_teaches_nothing_and_goes_on(shapes_set, 
     rows = metrics(tmp_path / "keep")[2:]
     assert [row["flat_groups"] for row in rows] == [2] * 4 and all(row["reward_std"] == 0 for row in rows)
     for out in (tmp_path / "skip", tmp_path / "keep"):
-        start, end = weights(out / "tiny") and weights(out / "reference"), weights(out / "checkpoint")
+        start, end = weights(out / "reference"), weights(out / "checkpoint")
         assert all(torch.allclose(start[name], end[name], atol=1e-4) for name in start)
 
 
@@ -1866,7 +1854,7 @@ def test_impossible_values_are_errors(flags, message, tmp_path):
 
 
 def test_all_impossible_values_are_named_at_once():
-    with pytest.raises(sg.Problem, match="group-size.*temperature.*--lr"):
+    with pytest.raises(sg.UserError, match="group-size.*temperature.*--lr"):
         sg.parse_config(["--group-size", "1", "--temperature", "-1", "--lr", "-1"])
 
 
@@ -1881,10 +1869,10 @@ def test_unknown_flags_are_errors(flags, capsys):
 @pytest.mark.parametrize("model, message", [
     ("Qwen2-VL-3B", "no model 'Qwen2-VL-3B'"), ("absent/deeper/x", "no model"), ("bert", "is a bert model"),
     ("Qwen2-VL-2B", "cannot load model Qwen/Qwen2-VL-2B-Instruct"), ("nobody/nothing", "cannot load model"),
-    pytest.param("empty", "empty", marks=fault("ValueError of AutoConfig ends in a traceback")),
+    ("empty", "empty"),
     ("no-weights", "cannot load model"), ("no-images", "cannot load model"), ("torn-config", "cannot load model"),
-    pytest.param("no-tokenizer", "no-tokenizer", marks=fault("an empty tokenizer is loaded: IndexError later")),
-    pytest.param("torn-weights", "torn-weights", marks=fault("SafetensorError ends in a traceback")),
+    ("no-tokenizer", "no-tokenizer"),
+    ("torn-weights", "torn-weights"),
 ])
 def test_a_model_that_is_not_there_gives_one_clear_line(model, message, shapes_set, checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1965,7 +1953,7 @@ def pasted(unit):
 def test_a_pasted_unit_takes_plain_inputs_and_no_settings_or_files(unit):
     function, needed = pasted(unit)
     assert function.__doc__ or function.__name__ == "warmup_schedule"
-    assert not needed & {"Config", "Problem", "HERE", "Processor", "TINY"}
+    assert not needed & {"Config", "UserError", "HERE", "Processor", "TINY"}
     assert not {"args", "cfg", "config"} & set(inspect.signature(function).parameters)
     opened = {node.func.id for node in ast.walk(ast.parse(TOP_LEVEL[unit])) if isinstance(node, ast.Call)
               and isinstance(node.func, ast.Name)} & {"open", "print", "input"}
@@ -1993,9 +1981,7 @@ def test_pasted_units_work():
     assert 3000 / 200 < unit["fitted_size"](10, 3000, 400_000)[0] <= 3000 / 100
 
 
-@pytest.mark.parametrize("unit", [
-    pytest.param(unit, marks=fault("a needed name is missing")) if unit in ("step_accuracy_reward", "matched_key_steps")
-    else unit for unit in UNITS[:9]])
+@pytest.mark.parametrize("unit", UNITS[:9])
 def test_the_docstring_of_a_unit_says_what_must_be_pasted_with_it(unit):
     missing = [name for name in own_names(TOP_LEVEL[unit]) - {unit} if name not in getattr(sg, unit).__doc__]
     assert not missing
@@ -2053,8 +2039,8 @@ BAD_ROWS = [
     (record(solution=""), "no answer"), (record(solution="### The final answer is:"), "no answer"),
     (record(solution=a_path(answer="** **")), "no answer"), (record(problem="<image>"), "problem is empty"),
     (record(image_path="absent.png"), "absent.png does not exist"), (record(problem=5), "must be text"),
-    (record(key_steps={"Steps": [["a"], []]}), "group 2 is empty"), (record(key_steps={"Steps": []}), "no groups"),
-    (record(key_steps=[["a"], 5]), "group 2 is not a list"), (record(key_steps={"steps": []}), 'no "Steps"'),
+    (record(key_steps={"Steps": [["a"], []]}), "group 2 is empty"), (record(key_steps={"Steps": []}), "not []"),
+    (record(key_steps=[["a"], 5]), "group 2 is empty or no list"), (record(key_steps={"steps": []}), '"Steps", not None'),
     (record(solution=["4"]), "must be text"), (record(solution={}), "must be text"),
     ({"messages": 5}, "'messages' must hold"),
     ({"messages": [{"role": "user", "content": "?"}]}, "'messages' must hold"),
@@ -2069,7 +2055,7 @@ def test_a_bad_row_is_an_error_that_says_what_is_wrong(made, message, folder):
 
 
 @pytest.mark.parametrize("images", [5, [5], {"a": 1}, [None], [["a.png"]], pytest.param(
-    "a" * 5000 + ".png", marks=fault("OSError 'File name too long' is not collected"), id="long")])
+    "a" * 5000 + ".png", id="long")])
 def test_an_image_field_of_the_wrong_kind_is_an_error_of_its_row(images, folder):
     for made in (record(image_path=images), mulberry(images=images)):
         with pytest.raises(ValueError):
@@ -2100,7 +2086,7 @@ def test_all_bad_rows_are_reported_at_once_by_file_and_row_before_training(folde
                           (5, "--max-prompt-tokens is 2048"), (6, "no key_steps")):
         assert re.search(rf"data\.jsonl line {line}: .*{re.escape(message)}", refused), line
     assert "warm.json row 2: image" in refused and "6 rows cannot be used" in refused and "--skip-bad-rows" in refused
-    assert not records(folder / "run1" / "metrics.jsonl")
+    assert not (folder / "run1").exists()                  # so that the mended command is not refused
     assert run_main(*flags, "--out", folder / "run2", "--skip-bad-rows") == 0
     printed = capsys.readouterr().out
     assert "skipped 6 bad rows" in printed and "3 questions, 1 warm-up paths" in printed
@@ -2118,14 +2104,14 @@ def test_a_prompt_too_long_is_an_error_that_names_the_row_and_nothing_is_cut(loa
         if fine:
             assert sg.validate(([row],), [], processor, cfg) == [[row]]
         else:
-            with pytest.raises(sg.Problem, match=rf"data.json row 7: the prompt has {exact} tokens"):
+            with pytest.raises(sg.UserError, match=rf"data.json row 7: the prompt has {exact} tokens"):
                 sg.validate(([row],), [], processor, cfg)
 
 
 def test_an_unreadable_image_is_reported_with_its_row_before_training(loaded, folder):
     (folder / "torn.png").write_bytes(b"no image")
     row = sg.parse_record("data.json row 3", record(image_path="torn.png"), folder)
-    with pytest.raises(sg.Problem, match="data.json row 3: .*torn.png"):
+    with pytest.raises(sg.UserError, match="data.json row 3: .*torn.png"):
         sg.validate(([row],), [], loaded["qwen2_vl"][1], sg.Config())
 
 
@@ -2166,7 +2152,6 @@ def test_the_held_out_questions_of_ones_own_data_are_never_trained_on(folder, ca
     assert "held out: 6 questions" in capsys.readouterr().out  # at most a tenth
 
 
-@fault("images are compared by their path as written")
 def test_a_held_out_image_named_by_another_path_is_not_trained_on_in_the_warm_up(folder):
     rows = [record(problem=f"Question {i}?") for i in range(20)]
     (folder / "data.json").write_text(json.dumps(rows))
@@ -2185,7 +2170,7 @@ def test_a_file_that_cannot_be_read_gives_one_clear_line(folder):
     for name, message in (("torn.json", "cannot read"), ("dict.json", "no list"), ("latin.json", "cannot read"),
                           ("absent.json", "does not exist"), ("owner/set", "cannot get data set")):
         source = name if "/" in name else str(folder / name)
-        with pytest.raises(sg.Problem, match=message) as refused:
+        with pytest.raises(sg.UserError, match=message) as refused:
             sg.read_rows(source)
         assert len(str(refused.value).splitlines()) == 1 and name in str(refused.value)
 
@@ -2194,7 +2179,7 @@ def test_a_broken_line_of_jsonl_is_named_by_its_line_and_can_be_skipped(folder):
     (folder / "data.jsonl").write_text("\n".join([json.dumps(record()), "", '{"problem": ', json.dumps(record())]))
     try:
         rows, complaints = sg.read_rows(folder / "data.jsonl")
-    except sg.Problem as problem:
+    except sg.UserError as problem:
         pytest.fail(f"the whole file is refused: {problem}")
     assert len(rows) == 2 and len(complaints) == 1 and "data.jsonl line 3" in complaints[0]
 
@@ -2243,7 +2228,9 @@ def test_the_warm_up_learns_the_answer_tokens_only(small_model, shapes_set, tmp_
         pairs = [(sg.make_prompt(processor, row, cfg), processor.path_ids(row.path)) for row in rows]
         return torch.cat([naive_logps(model, processor, *pair) for pair in pairs]).mean().item()
     before = naive()
-    sg.warm_up(sg.Run(cfg), cfg, model, processor, rows, sg.MasterAdamW(model))
+    run = sg.Run(cfg)
+    run.open()
+    sg.warm_up(run, cfg, model, processor, rows, sg.MasterAdamW(model))
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(-before, rel=1e-4)
     assert naive() > before
 
@@ -2441,7 +2428,7 @@ def test_a_command_of_the_readmes_is_accepted(file, command, tmp_path, monkeypat
     if script == "stepgrpo.py":
         try:
             assert sg.parse_config(flags)
-        except sg.Problem as problem:
+        except sg.UserError as problem:
             assert "--resume" in flags and "nothing to resume" in str(problem)
     elif script == "data/key_steps.py":
         monkeypatch.setenv("OPENAI_API_KEY", "x")

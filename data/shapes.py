@@ -26,7 +26,7 @@ CELL = 28                       # pixels: patch size 14 x merge size 2 of Qwen2-
 # From one object, or bar, to the next. A description that spends as many tokens on each object as the image has cells
 # between two of them ("red 1/2" are five) lets a small model read along with a constant M-RoPE offset: it learns to see
 # in a minute. Objects packed closely work too, but take it several times as long.
-OBJECT_PITCH, BAR_PITCH = 5 * CELL, 2 * CELL
+OBJECT_PITCH, BAR_PITCH = 5 * CELL, 3 * CELL
 BARS, UNITS = 3, 4              # bars of a chart, largest number of units in a bar
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 90, 220), "yellow": (240, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
@@ -60,7 +60,7 @@ def draw_objects(objects):
 
 def draw_bars(bars):
     """List of (colour, height) → RGB image of a bar chart: one cell per unit, the height written in the bar's foot."""
-    image = Image.new("RGB", (BARS * BAR_PITCH, UNITS * CELL), BACKGROUND)
+    image = Image.new("RGB", ((BARS - 1) * BAR_PITCH + CELL, UNITS * CELL), BACKGROUND)
     pen = ImageDraw.Draw(image)
     for i, (colour, height) in enumerate(bars):
         for unit in range(height):
@@ -139,18 +139,17 @@ class BarScene:
         sign, answer = ("+", self.x + self.y) if self.kind == "sum" else ("-", self.x - self.y)
         if slip == "result":
             answer += 1                        # counts the fence posts and not the fence, always to the same side
-        colours, heights = (" ".join(map(str, row)) for row in zip(*self.bars))
-        description = f"From the left: {colours.replace(' ', ', ')}. Heights {heights}."
+        description = f"From the left: {' '.join(f'{colour} {height}' for colour, height in self.bars)}."
         rationale = f"Read the {self.a} bar and the {self.b} bar, then {'add' if self.kind == 'sum' else 'subtract'}."
-        steps = [f"The {self.a} bar has {plural(self.x, 'unit')}.",
-                 f"The {self.b} bar has {plural(self.y, 'unit')}.",
+        steps = [f"The first bar is {self.a} {self.x}.",
+                 f"The second bar is {self.b} {self.y}.",
                  f"{self.x} {sign} {self.y} = {answer}"]
         return description, rationale, steps, answer
 
     def key_steps(self):
         sign, word = ("+", "plus") if self.kind == "sum" else ("-", "minus")
         answer = self.x + self.y if self.kind == "sum" else self.x - self.y
-        return [*([f"{colour} bar has {plural(height, 'unit')}", f"{colour} bar is {height}", f"{colour} is {height}"]
+        return [*([f"{colour} {height}", f"{colour} bar is {height}", f"{colour} bar has {plural(height, 'unit')}"]
                   for colour, height in ((self.a, self.x), (self.b, self.y))),
                 [f"{self.x} {sign} {self.y} = {answer}", f"{self.x} {word} {self.y} is {answer}"]]
 
