@@ -176,7 +176,7 @@ TINY = dict(
     max_new_tokens=192, max_prompt_tokens=256,
     instruction=False,                                 # the warm-up teaches the template, so 130 tokens are saved
     micro_batch=8, gradient_checkpointing=False,       # it all fits in memory
-    held_out=500, save_every=50,
+    held_out=500, save_every=100,
 )
 
 

@@ -27,6 +27,7 @@ CELL = 28                       # pixels: patch size 14 x merge size 2 of Qwen2-
 # between two of them ("red 1/2" are five) lets a small model read along with a constant M-RoPE offset: it learns to see
 # in a minute. Objects packed closely work too, but take it several times as long.
 OBJECT_PITCH, BAR_PITCH = 5 * CELL, 3 * CELL
+OBJECTS = 6                     # largest number of objects in a row
 BARS, UNITS = 3, 4              # bars of a chart, largest number of units in a bar
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 90, 220), "yellow": (240, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
@@ -44,8 +45,8 @@ SLIPS = {
 
 
 def draw_objects(objects):
-    """List of (colour, shape) → RGB image of one row of objects."""
-    image = Image.new("RGB", ((len(objects) - 1) * OBJECT_PITCH + CELL, CELL), BACKGROUND)
+    """List of (colour, shape) → RGB image of one row of objects, always as wide as `OBJECTS` of them."""
+    image = Image.new("RGB", ((OBJECTS - 1) * OBJECT_PITCH + CELL, CELL), BACKGROUND)
     pen = ImageDraw.Draw(image)
     for i, (colour, shape) in enumerate(objects):
         left, top, right, bottom = box = (i * OBJECT_PITCH + 2, 2, i * OBJECT_PITCH + CELL - 3, CELL - 3)
@@ -91,7 +92,7 @@ class ObjectScene:
     def __init__(self, rng):
         self.kind = rng.choice(("colour", "shape"))
         words = list(COLOURS) if self.kind == "colour" else SHAPES
-        self.words = [rng.choice(words) for _ in range(rng.randint(3, 6))]     # what tells the objects apart
+        self.words = [rng.choice(words) for _ in range(rng.randint(3, OBJECTS))]     # what tells the objects apart
         other = rng.choice(SHAPES if self.kind == "colour" else list(COLOURS))  # what they have in common
         self.word = rng.choice(self.words)
         self.total, self.removed = len(self.words), self.words.count(self.word)
