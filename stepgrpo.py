@@ -32,7 +32,8 @@ Where this differs from the paper (P) or from its official code (C), and why:
               (KV cache) and in the update (one packed forward).
 
 Letters in shape comments: Q questions, G paths per question, B = Q·G rows, P prompt tokens, C completion tokens,
-L tokens of a packed row, H hidden size, V vocabulary, K key-step groups.
+L tokens of a packed row, H hidden size, V vocabulary, K key-step groups. A path is a reasoning path, the text that the
+model writes; where a file is meant, it is called file or folder.
 """
 import argparse
 import collections
@@ -170,12 +171,13 @@ class Config:
 # small needs fewer of them; the method is the same.
 TINY = dict(
     warmup_steps=3000, warmup_batch=8, warmup_lr=2e-3, warmup_ratio=0.05,    # it must first learn to see
-    steps=100, questions=8, group_size=8, lr=2e-4,     # small and fresh weights bear 200 times the paper's rate
+    steps=100, questions=8, group_size=8, lr=3e-4,     # few and fresh weights bear 300 times the paper's rate
     temperature=1.0,                                   # its distribution is broad already
     beta=0.01,                                         # the warm-up policy is a weak anchor: let it go further
     max_new_tokens=192, max_prompt_tokens=256,
     instruction=False,                                 # the warm-up teaches the template, so 130 tokens are saved
     micro_batch=8, gradient_checkpointing=False,       # it all fits in memory
+    dtype="float32",                                   # a million weights gain nothing from bf16
     held_out=500, save_every=100,
 )
 
@@ -333,6 +335,9 @@ def find_data(source):
         raise UserError(f"cannot get data set {source} from the Hub ({type(e).__name__}). Download it elsewhere "
                         "and pass the file: --data FILE.json") from None
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".jsonl"))
+    archives = [f.name for f in folder.rglob("*") if f.suffix in (".zip", ".tar", ".gz")]
+    if archives:
+        print(f"{folder} holds archives ({', '.join(archives[:3])}); unpack them there if images are reported missing")
     if len(files) != 1:
         raise UserError(f"{folder} holds {len(files)} .json files; pass the one to use: --data FILE.json")
     return files[0]
@@ -936,7 +941,8 @@ def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1
     if cache.get_seq_length() != P:
         raise RuntimeError("the model kept no KV cache of the prompt: is gradient checkpointing active in eval mode?")
 
-    # From here on one row per path. A row leaves the batch when its path has ended; `row` remembers whose it is.
+    # From here on one row per path. A row leaves the batch when its path has ended, so B shrinks; `row` remembers whose
+    # each one is.
     cache.batch_repeat_interleave(group_size)
     hidden = hidden.repeat_interleave(group_size, 0)                                                # (B, H)
     position = (positions[:, :, -1:] + 1).repeat_interleave(group_size, 1)                          # (3, B, 1)
@@ -1134,7 +1140,8 @@ class Run:
     def __init__(self, cfg):
         """Checks that the folder may be used; `open` makes it, once data and model have turned out to be good."""
         self.cfg, self.out, self.stop, self.optimizer_state = cfg, Path(cfg.out), False, None
-        # All that resuming needs beside weights and optimiser: random numbers are functions of seed and step.
+        # All that resuming needs beside weights and optimiser, for random numbers are functions of seed and step.
+        # drawn: questions taken from the shuffled stream so far; lines: of each log.
         self.state = {"phase": "warm-up", "step": 0, "drawn": 0, "evaluations": {},
                       "lines": dict.fromkeys(self.LOGS, 0)}
         if cfg.resume:
@@ -1318,18 +1325,18 @@ def sample_groups(cfg, policy, processor, rows, step, drawn):
 def update(cfg, policy, reference, processor, groups, advantages, optimizer, lr):
     """μ optimiser steps on one set of groups, advantages (Q, G) → mean statistics of the objective."""
     policy.train()
-    stats, old, ref = collections.Counter(), {}, {}
+    stats, old, ref = collections.Counter(), {}, {}            # old and reference log-probs by micro-batch
     for inner in range(cfg.inner_updates):
         for n, part in enumerate(chunks(range(len(groups)), cfg.micro_batch)):
             prompts, paths = [groups[q].prompt for q in part], [groups[q].ids for q in part]
-            logps, mask = path_logps(policy, processor, prompts, paths, cfg.temperature)            # (q, G, C)
+            logps, mask = path_logps(policy, processor, prompts, paths, cfg.temperature)       # (questions, G, C)
             if inner == 0:
                 old[n] = ref[n] = logps.detach()               # before the first step the old policy is the policy
                 if reference is not None:
                     with torch.no_grad():
                         ref[n] = path_logps(reference, processor, prompts, paths, cfg.temperature)[0]
             A = advantages[part.start:part.stop].to(logps.device)
-            by_path = [x.flatten(0, 1) for x in (logps, old[n], ref[n], A, mask)]                   # (q·G, C), A (q·G,)
+            by_path = [x.flatten(0, 1) for x in (logps, old[n], ref[n], A, mask)]               # (paths, C), A (paths,)
             loss, part_stats = grpo_loss(*by_path, cfg.clip, cfg.beta)
             share = len(part) / len(groups)                    # of the mean over all paths, whatever the micro-batch
             (loss * share).backward()

@@ -126,33 +126,35 @@ class BarScene:
 
     def __init__(self, rng):
         self.bars = [(colour, rng.randint(1, UNITS)) for colour in rng.sample(list(COLOURS), BARS)]
-        (self.a, self.x), (self.b, self.y) = rng.sample(self.bars, 2)
-        self.kind = "sum" if self.x == self.y else rng.choice(("sum", "taller"))
-        if self.kind == "taller" and self.x < self.y:
-            self.a, self.x, self.b, self.y = self.b, self.y, self.a, self.x
+        places = zip(("left", "middle", "right"), self.bars)
+        # Of each of the two bars: its place, colour and height.
+        self.a, self.b = ((place, *bar) for place, bar in rng.sample(list(places), 2))
+        self.kind = "sum" if self.a[2] == self.b[2] else rng.choice(("sum", "taller"))
+        if self.kind == "taller" and self.a[2] < self.b[2]:
+            self.a, self.b = self.b, self.a
         if self.kind == "sum":
-            self.problem = f"How many units do the {self.a} bar and the {self.b} bar have together?"
+            self.problem = f"How many units do the {self.a[0]} bar and the {self.b[0]} bar have together?"
         else:
-            self.problem = f"How many units is the {self.a} bar taller than the {self.b} bar?"
+            self.problem = f"How many units is the {self.a[0]} bar taller than the {self.b[0]} bar?"
         self.image = draw_bars(self.bars)
 
     def path(self, slip=None, rng=None):
-        sign, answer = ("+", self.x + self.y) if self.kind == "sum" else ("-", self.x - self.y)
+        (a, _, x), (b, _, y) = self.a, self.b
+        sign, answer = ("+", x + y) if self.kind == "sum" else ("-", x - y)
         if slip == "result":
             answer += 1                        # counts the fence posts and not the fence, always to the same side
         description = f"From the left: {' '.join(f'{colour} {height}' for colour, height in self.bars)}."
-        rationale = f"Read the {self.a} bar and the {self.b} bar, then {'add' if self.kind == 'sum' else 'subtract'}."
-        steps = [f"The first bar is {self.a} {self.x}.",
-                 f"The second bar is {self.b} {self.y}.",
-                 f"{self.x} {sign} {self.y} = {answer}"]
+        rationale = f"Read the {a} bar and the {b} bar, then {'add' if self.kind == 'sum' else 'subtract'}."
+        steps = [*(f"The {place} bar is {colour} {height}." for place, colour, height in (self.a, self.b)),
+                 f"{x} {sign} {y} = {answer}"]
         return description, rationale, steps, answer
 
     def key_steps(self):
-        sign, word = ("+", "plus") if self.kind == "sum" else ("-", "minus")
-        answer = self.x + self.y if self.kind == "sum" else self.x - self.y
-        return [*([f"{colour} {height}", f"{colour} bar is {height}", f"{colour} bar has {plural(height, 'unit')}"]
-                  for colour, height in ((self.a, self.x), (self.b, self.y))),
-                [f"{self.x} {sign} {self.y} = {answer}", f"{self.x} {word} {self.y} is {answer}"]]
+        x, y = self.a[2], self.b[2]
+        sign, word, answer = ("+", "plus", x + y) if self.kind == "sum" else ("-", "minus", x - y)
+        return [*([f"{place} bar is {colour} {height}", f"{place} bar is {height}", f"{place} bar has {height}"]
+                  for place, colour, height in (self.a, self.b)),
+                [f"{x} {sign} {y} = {answer}", f"{x} {word} {y} is {answer}"]]
 
 
 def reference_path(scene, slip=None, rng=None):
