@@ -1476,7 +1476,7 @@ def pick_device(cfg):
 
 
 def print_curves(run, width=60):
-    """The training curves as one line of blocks each, lowest value to highest."""
+    """The training curves as a line of blocks each, from its lowest to its highest; before and after it, its ends."""
     records = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
     records = [r for r in records if r["phase"] == "StepGRPO" and r["questions"]]
     if not records:

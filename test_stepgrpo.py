@@ -2309,8 +2309,8 @@ def test_answers_and_key_steps_of_the_shapes_are_what_the_image_shows(shapes_set
             assert removed and answer == len(objects) - removed and equation == f"{len(objects)} - {removed} = {answer}"
         else:
             kind = "sum" if "together" in problem else "taller"
-            heights = {column[0][0]: len(column) for column in seen.values()}
-            a, b = (heights[colour] for colour in re.findall(r"the (\w+) bar", problem))
+            heights = dict(zip(("left", "middle", "right"), (len(column) for _, column in sorted(seen.items()))))
+            a, b = (heights[place] for place in re.findall(r"the (\w+) bar", problem))
             assert answer == (a + b if kind == "sum" else a - b) >= 0
             assert equation == f"{a} {'+' if kind == 'sum' else '-'} {b} = {answer}"
         kinds[kind] += 1
