@@ -64,10 +64,11 @@ def draw_bars(bars):
     image = Image.new("RGB", ((BARS - 1) * BAR_PITCH + CELL, UNITS * CELL), BACKGROUND)
     pen = ImageDraw.Draw(image)
     for i, (colour, height) in enumerate(bars):
+        left = i * BAR_PITCH
         for unit in range(height):
-            bottom = (UNITS - unit) * CELL
-            pen.rectangle((i * BAR_PITCH + 2, bottom - CELL + 1, i * BAR_PITCH + CELL - 3, bottom - 2), fill=COLOURS[colour])
-        pen.text((i * BAR_PITCH + 11, UNITS * CELL - 20), str(height), fill="black", font=FONT)
+            top = (UNITS - 1 - unit) * CELL
+            pen.rectangle((left + 2, top + 1, left + CELL - 3, top + CELL - 2), fill=COLOURS[colour])
+        pen.text((left + 11, UNITS * CELL - 20), str(height), fill="black", font=FONT)
     return image
 
 
