@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 CELL = 28                       # pixels: patch size 14 x merge size 2 of Qwen2-VL
 # From one object, or bar, to the next. A description that spends as many tokens on each object as the image has cells
-# between two of them ("red 1/2" are five) lets a small model read along with a constant M-RoPE offset: it learns to see
-# in a minute. Objects packed closely work too, but take it several times as long.
+# between two of them ("red 1/2" are five) lets a small model read along at a constant M-RoPE offset: it learns to see
+# in a minute or two. Objects packed closely it did not see in that time.
 OBJECT_PITCH, BAR_PITCH = 5 * CELL, 3 * CELL
 OBJECTS = 6                     # largest number of objects in a row
 BARS, UNITS = 3, 4              # bars of a chart, largest number of units in a bar
