@@ -5,7 +5,8 @@
     python stepgrpo.py --model Qwen2-VL-2B --data my.jsonl      # a real checkpoint on one CUDA GPU
     python stepgrpo.py --resume --out runs/tiny                 # go on where Ctrl-C stopped
 
-The method (R1-VL, arXiv 2503.12937), in the order of this file:
+The method (R1-VL, arXiv 2503.12937) and the function that does each step. The file goes from the parts to the whole:
+template, config, data, segmentation, rewards, model, rollout, objective, optimiser, training, main.
 
     warm-up     fine-tune on reference paths, so that the policy knows the template             warm_up
     rollout     sample a group of G reasoning paths for each image question                     rollout
@@ -448,6 +449,7 @@ def split_path(text):
     return Sections(last.get("description"), last.get("rationale"), steps, last.get("answer"), order)
 
 
+# Answers and key steps are compared in one plain spelling. These tables make it: signs, words that mean signs, LaTeX.
 _SYMBOLS = str.maketrans(
     {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width letters and digits
     | {ord(old): new for old, new in zip("−–×·⋅÷⁄—’‘", "--***//;''")}
@@ -527,6 +529,7 @@ def final_answer(text):
     Only the header counts. The official code searches the whole completion, so a right number in a step rescues
     a wrong answer. Needs split_path, strip_decoration.
     """
+    # The instruction asks for 'The final answer is: xxx', so some paths say it again under the header.
     answer = re.sub(r"\A\W*(?:the )?(?:final )?answer is\b[ :]*", "", split_path(text).answer or "", flags=re.I)
     return strip_decoration(answer) or None
 
@@ -537,7 +540,7 @@ _MARKER = re.compile(r"\([a-h]\)|\b[A-H][.:)]")
 
 
 def split_option(text):
-    """'(C) 123' -> ('c', ' 123'); 'C' -> ('c', ''); ('', text) when no option is chosen. Needs _OPTION, _MARKER."""
+    """'(C) 123' → ('c', ' 123'); 'C' → ('c', ''); ('', text) when no option is chosen. Needs _OPTION, _MARKER."""
     match = _OPTION.fullmatch(text)
     if not match or _MARKER.search(match[3]):
         return "", text
@@ -622,7 +625,7 @@ _JOINS = {"+", "-", "*", "/", "^", "√"}
 
 
 def parse_key_steps(value):
-    """Key steps as users bring them -> groups of equivalent forms. ValueError says what is wrong and where.
+    """Key steps as users bring them → groups of equivalent forms. ValueError says what is wrong and where.
 
     Takes a list of groups (each a list of forms or one bare string), or the dict of R1-VL-10K, also alone in a
     list; of that dict only "Steps" is used. Needs canonical.
@@ -1404,7 +1407,7 @@ def show_path(row, text, score, advantage):
     earned = matched_key_steps(text, row.key_steps) if row.key_steps else []
     shown, steps, lines = path._asdict(), enumerate(path.steps), [f"┌ {row.where}: {row.problem}"]
     for name in path.order:
-        if name == "reasoning":                                # a heading with nothing to show
+        if name == "reasoning":                                # only a heading
             continue
         content = shown.get(name, "")
         if name.startswith("step "):
@@ -1511,7 +1514,7 @@ def learn(run, cfg, policy, processor, splits, optimizer):
         run.state.update(phase="StepGRPO", step=0)
         run.save(policy, processor, optimizer)
     reference = None
-    if cfg.beta:
+    if cfg.beta and run.state["step"] < cfg.steps:             # a finished run has no use for it
         reference, _ = load_model(run.out / "reference", policy.device, policy.dtype, cfg.max_pixels)
         reference.requires_grad_(False)
     held_out = {"greedy": 0, "sampled at T = 1": 1.0}

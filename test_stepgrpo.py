@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -1942,11 +1943,17 @@ def pasted(unit):
         if name not in needed:
             needed.add(name)
             queue += own_names(TOP_LEVEL[name])
-    imports = [node for node in ast.parse(inspect.getsource(sg)).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    module = {"__name__": "pasted"}
-    exec(compile(ast.Module(imports, []), "imports", "exec"), module)
-    exec("\n".join(source for name, source in TOP_LEVEL.items() if name in needed), module)     # in the file's order
-    return module[unit], needed
+    source = inspect.getsource(sg)
+    lines = [ast.get_source_segment(source, node) for node in ast.parse(source).body
+             if isinstance(node, (ast.Import, ast.ImportFrom))]
+    lines += [text for name, text in TOP_LEVEL.items() if name in needed]                       # in the file's order
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "pasted.py"
+        file.write_text("\n\n".join(lines), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("pasted", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return getattr(module, unit), needed
 
 
 @pytest.mark.parametrize("unit", UNITS)
