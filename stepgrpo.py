@@ -561,10 +561,18 @@ _SHORT_UNITS = [("centi", "c"), ("kilo", "k"), ("milli", "m"), ("metre", "m"), (
 _NAMED = re.compile(r"(?:([^\d=]*) = )?(.*)")  # 'x = 3': a name and a value
 
 
+def plain_unit(unit):
+    """One spelling of a canonical unit: 'apples' → 'apple', 'square centimetres' → 'square cm'. Needs _SHORT_UNITS."""
+    unit = re.sub(r"(?<=\w\w)s\b", "", unit.strip())
+    for long, short in _SHORT_UNITS:
+        unit = unit.replace(long, short)
+    return unit
+
+
 def parse_quantity(text):
     """Exact value and unit of a canonical text: '3 / 4', '1 1 / 2', '1.5 * 10 ^ 3', '5 cm ^ 2'; None if not a number.
 
-    Needs _QUANTITY (from _NUM and _UNIT_WORD), _SHORT_UNITS.
+    Needs _QUANTITY (from _NUM and _UNIT_WORD), plain_unit.
     """
     match = _QUANTITY.fullmatch(text.replace(" * 10 ^ ", "e"))
     if not match or (match[3] and Fraction(match[3]) == 0):
@@ -573,10 +581,7 @@ def parse_quantity(text):
     value = Fraction(top) / Fraction(bottom or 1)
     if whole:  # a mixed number; its sign covers both parts
         value = Fraction(whole) + (-value if whole.startswith("-") else value)
-    unit = re.sub(r"(?<=\w\w)s\b", "", unit.strip())  # apples, apple
-    for long, short in _SHORT_UNITS:
-        unit = unit.replace(long, short)
-    return value, unit
+    return value, plain_unit(unit)
 
 
 def same_answer(a, b):
@@ -1149,7 +1154,8 @@ class Run:
                       "lines": dict.fromkeys(self.LOGS, 0)}
         if cfg.resume:
             self.load_state()
-        elif self.out.is_file() or self.out.is_dir() and any(self.out.iterdir()):
+        elif self.out.is_file() or self.out.is_dir() and {f.name for f in self.out.iterdir()} - {"eval"}:
+            # eval/ alone is no run: eval.py keeps a base model's responses there
             if not cfg.overwrite:
                 raise UserError(f"{self.out} exists. Go on with it: --resume; delete it: --overwrite; or choose --out")
             model = Path(cfg.model).resolve()
@@ -1157,7 +1163,7 @@ class Run:
                 raise UserError(f"--overwrite does not delete {self.out}: it is no run folder, or holds the --model")
 
     def open(self):
-        if self.cfg.overwrite and self.out.exists():
+        if self.cfg.overwrite and (self.out / "metrics.jsonl").exists():
             shutil.rmtree(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         settings = {**asdict(self.cfg), "resume": False, "overwrite": False}
