@@ -13,7 +13,7 @@ From a benchmark's file to a figure, and the function that does each step:
     response    greedy decoding, kept in runs/<name>/eval/<benchmark>.jsonl as it comes                 predict
     statement   the words in which the response commits to its answer                                   statements
     score       1 or 0, by rule: letters, yes or no, numbers, texts, lists                              score
-    figures     the paper's headline, its parts, and bootstrap intervals                                summarize, intervals
+    figures     the paper's headline, its parts, and bootstrap intervals                     summarize, intervals
 
 `score` and `summarize` need no model and take plain dicts. Where their verdicts differ from VLMEvalKit's, and why, is
 listed in README.md.
@@ -31,6 +31,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -254,7 +255,8 @@ _EXPLICIT = re.compile(                                        # its end is wher
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|okay|sure|finally)\b,? *)?"
     r"(?:(?:it|that|this|there) (?:is|are) +|i (?:choose|select|pick) +)?"
-    r"(?:(?:(?:the|my) +)?(?:(?:correct|right|best|final) +)*(?:answer|option|choice)\b *(?:is\b|[:=])* *(?:option\b *)?)?"
+    r"(?:(?:(?:the|my) +)?(?:(?:correct|right|best|final) +)*"
+    r"(?:answer|option|choice)\b *(?:is\b|[:=])* *(?:option\b)?)? *"
     r"(?:[应故]?选[项择]?[是为:]* *|[是为] *(?=[A-Za-z0-9(]))?", re.I)
 _REASON = re.compile(r",? +(?:because|since|as|which|although|though|but)\b|, *(?:so|not|it|the|this|they)\b|[.;:] |\n",
                      re.I)
@@ -451,7 +453,8 @@ def options_in(question):
 
 _SEPARATOR = r"(?:\s*[,/&;\n]\s*(?:and |or )?|\s+(?:and|or)\s+|\s*[与和或及]\s*)"
 _LETTERS = re.compile(rf"\(?[A-H]\)?(?:{_SEPARATOR}(?:option )?\(?[A-H]\b\)?(?! [a-z]))+|[A-H]{{2,8}}\Z")
-_LETTER = re.compile(r"\(?([A-H])\)?(?:[.:),;]|\s*[-–—]\s|\s*\n|\s*(?=\()|\s+(?=because|since|as\b|with\b)|\Z)(.*)", re.S)
+_LETTER = re.compile(
+    r"\(?([A-H])\)?(?:[.:),;]|\s*[-–—]\s|\s*\n|\s*(?=\()|\s+(?=because|since|as\b|with\b)|\Z)(.*)", re.S)
 _LOWER_LETTER = re.compile(r"(?:\(([a-h])\)|([a-h])(?=[.):]|\Z)[.):]?)(.*)", re.S)
 _LAST_LETTER = re.compile(r"(.+?)(?:,? option |\s*\()([A-H])\)?", re.S)
 
@@ -556,7 +559,7 @@ _NAME = re.compile(r"\W*([A-Za-z])\W*=")                        # y = -3 is not 
 
 
 def grade_value(response, gold, close, question=""):
-    """A free-form answer: a list, a number, or a text, as the gold answer is. close(predicted, gold) compares numbers."""
+    """A free-form answer: a list, a number or a text, as the gold one is. close(predicted, gold) compares numbers."""
     items, number = split_list(gold), quantity(gold)
     if items:
         return grade_list(response, items, close)
@@ -606,6 +609,10 @@ def grade_text(response, gold):
     return grade(right or (found[0] if found else None), right is not None)
 
 
+def mmstar_options(row):
+    return {letter: cell(row, letter) for letter in "ABCDEFGH" if cell(row, letter)}
+
+
 def choices_of(row):
     return {chr(ord("A") + i): str(choice) for i, choice in enumerate(ast.literal_eval(cell(row, "choices") or "[]"))}
 
@@ -634,7 +641,10 @@ def score_mathvision(row, response):
 
 
 def score_chartqa(row, response):
-    return grade_value(response, str(row["answer"]), lambda p, g: abs(p - g) <= 0.05 * abs(g) + 1e-12, cell(row, "question"))
+    def close(p, g):                                           # of the gold answer, years included
+        return abs(p - g) <= 0.05 * abs(g) + 1e-12
+
+    return grade_value(response, str(row["answer"]), close, cell(row, "question"))
 
 
 def score_dynamath(row, response):
@@ -665,10 +675,6 @@ def mmstar_question(row):
     options = "".join(f"{letter}: {text}\n" for letter, text in mmstar_options(row).items())
     return (f"{hint}Question: {cell(row, 'question')}\nChoices:\n{options}"
             "Please select the correct answer from the choices above.")
-
-
-def mmstar_options(row):
-    return {letter: cell(row, letter) for letter in "ABCDEFGH" if cell(row, letter)}
 
 
 def hallusionbench_question(row):
@@ -745,8 +751,8 @@ BENCHMARKS = {
         score_chartqa, parts=("split",)),
     "dynamath": Benchmark(
         "DynaMath", "DynaMath.tsv", "b8425ad9a7114571fc9366e013699494",
-        ("qid", "varid", "question", "answer", "answer_type"), score_dynamath, units=dynamath_units, cluster=lambda row: cell(row, "qid"),
-        parts=("answer_type", "subject", "knowledge_level")),
+        ("qid", "varid", "question", "answer", "answer_type"), score_dynamath, units=dynamath_units,
+        cluster=lambda row: cell(row, "qid"), parts=("answer_type", "subject", "knowledge_level")),
     "hallusionbench": Benchmark(
         "HallBench", "HallusionBench.tsv", "0c23ac0dc9ef46832d7a24504f2a0c7c", ("question", "answer", "l2-category"),
         score_hallusionbench, question=hallusionbench_question, units=hallusionbench_units,
@@ -759,7 +765,8 @@ BENCHMARKS = {
         url="https://huggingface.co/datasets/CaraJ/Mathverse_VLMEvalKit/resolve/main/"),
     "mme": Benchmark(
         "MME", "MME.tsv", "b36b43c3f09801f5d368627fb92187c3", ("image_path", "question", "answer", "category"),
-        score_mme, units=mme_units, totals=mme_totals, cluster=lambda row: (cell(row, "category"), cell(row, "image_path"))),
+        score_mme, units=mme_units, totals=mme_totals,
+        cluster=lambda row: (cell(row, "category"), cell(row, "image_path"))),
 }
 PAPER = tuple(BENCHMARKS)                                       # the eight columns of the paper's table
 BENCHMARKS["mathvision_mini"] = BENCHMARKS["mathvision"]._replace(
@@ -795,7 +802,7 @@ def figures(benchmark, rows, scores, weights=None):
     b = BENCHMARKS[benchmark]
     numbers = clusters_of(benchmark, rows)
     if weights is None:
-        weights = torch.ones(1, max(numbers) + 1)
+        weights = torch.ones(1, max(numbers) + 1, dtype=torch.float64)
     units = {name: list(keys) for name, keys in b.units(rows).items()}
     for column in b.parts:
         for value in sorted({cell(row, column) for row in rows} - {""}):
@@ -829,8 +836,9 @@ def intervals(benchmark, rows, scores, resamples=1000, seed=0):
     questions on an image) are drawn together, for they are not independent."""
     n = max(clusters_of(benchmark, rows)) + 1
     drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(resamples, n).scatter_add_(1, drawn, torch.ones(resamples, n))
-    quantiles = torch.tensor([0.025, 0.975])
+    weights = torch.zeros(resamples, n, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones_like(weights))
+    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
     return {name: tuple(value.nanquantile(quantiles).tolist())                     # nan: a draw without any such unit
             for name, value in figures(benchmark, rows, scores, weights).items()}
 
@@ -862,8 +870,8 @@ def check_settings(out, benchmark, settings, overwrite):
         before = saved.get(benchmark, {})
         changed = "; ".join(f"{name} was {before.get(name)!r} and is {value!r}" for name, value in settings.items()
                             if before.get(name) != value)
-        raise sg.UserError(f"{predictions} was made otherwise: {changed}. Ask again with --overwrite, or choose another "
-                           "folder with --out")
+        raise sg.UserError(f"{predictions} was made otherwise: {changed}. Ask again with --overwrite, or choose "
+                           "another folder with --out")
     if overwrite:
         predictions.unlink(missing_ok=True)
     write_atomically(file, json.dumps({**saved, benchmark: settings}, indent=1))
@@ -931,8 +939,8 @@ def read_predictions(file):
 # ─── 7. An optional judge ─────────────────────────────────────────────────────────────────────────────────────────────
 
 CHOICE_ONLY = ("mmstar", "hallusionbench", "mme")              # the judge is for the others
-JUDGE_PROMPT = """Does the response give the right answer to the question? Judge only the answer it commits to, not the \
-reasoning. A response that commits to no answer, or to several, is wrong. Reply with one word: right or wrong.
+JUDGE_PROMPT = """Does the response give the right answer to the question? Judge only the answer it commits to, not \
+the reasoning. A response that commits to no answer, or to several, is wrong. Reply with one word: right or wrong.
 
 Question:
 {question}
@@ -1019,9 +1027,9 @@ def table_rows(results, label):
         rows.append([f"{model} (paper)", *(shown(n, headlines[n]) if n in headlines else "–" for n in names),
                      f"{average(headlines)}"])
     for with_judge in (False, True)[:1 + any("with judge" in r for r in results.values())]:
-        headlines = {n: r["with judge"] if with_judge and "with judge" in r else r["headline"] for n, r in results.items()}
+        headlines = {n: r.get("with judge", r["headline"]) if with_judge else r["headline"] for n, r in results.items()}
         mean = average(headlines)
-        rows.append(line(label + " + judge" * with_judge, lambda n: shown(n, headlines[n]), "–" if mean is None else f"{mean}"))
+        rows.append(line(f"{label}{' + judge' * with_judge}", lambda n: shown(n, headlines[n]), str(mean or "–")))
     rows += [line("  95 % interval, from", lambda n: shown(n, results[n]["interval"][0])),
              line("  to", lambda n: shown(n, results[n]["interval"][1])),
              line("  rows", lambda n: str(results[n]["rows"])),
@@ -1043,16 +1051,16 @@ def as_markdown(rows):
 # ─── 9. Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MINIATURES = sg.HERE / "data" / "bench"
-MINIATURE_NOTE = ("These are miniatures drawn by data/bench.py, not the published files: the figures show that the evaluation "
-             "works, and cannot be compared with the paper's.")
+MINIATURE_NOTE = ("These are miniatures drawn by data/bench.py, not the published files: the figures show that the "
+                  "evaluation works, and cannot be compared with the paper's.")
 
 
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model", default="tiny", help="tiny, a short name, a Hub id, a checkpoint folder or a run folder")
-    p.add_argument("--data", default="", help="folder of the TSV files; '' = data/bench with --model tiny, else $LMUData "
-                                              "and ~/LMUData; what is missing is downloaded")
+    p.add_argument("--data", default="", help="folder of the TSV files; '' = data/bench with --model tiny, else "
+                                              "$LMUData and ~/LMUData; what is missing is downloaded")
     p.add_argument("--benchmarks", default=",".join(PAPER), help="which, comma-separated; also mathvision_mini")
     p.add_argument("--limit", type=int, default=0, help="only the first N rows of each; 0 = all")
     p.add_argument("--plain", action=argparse.BooleanOptionalAction, default=None,
@@ -1092,12 +1100,14 @@ def resolve_tiny(args):
     for run in ("runs/tiny", "runs/tiny-hasty"):
         if (Path(run) / "checkpoint").is_dir():
             return run
-    print("runs/tiny is not there (python stepgrpo.py makes it, in ten minutes): training a hasty model in half a minute")
-    with tempfile.TemporaryDirectory() as folder:
+    print("runs/tiny is not there (python stepgrpo.py makes it, in ten minutes): training a hasty model for a minute")
+    with tempfile.TemporaryDirectory() as folder:              # moved only when it is done: Ctrl-C leaves nothing half
         sizes = "--train 10 --test 5 --warmup 3200".split()
         subprocess.run([sys.executable, sg.HERE / "data" / "shapes.py", "--out", folder, *sizes], check=True)
         sg.main(["--data", f"{folder}/train.json", "--warmup-data", f"{folder}/warmup.json", "--warmup-steps", "400",
-                 "--steps", "0", "--held-out", "0", "--out", run])
+                 "--steps", "0", "--held-out", "0", "--out", f"{folder}/run"])
+        shutil.copytree(f"{folder}/run", run)
+        print(f"kept as {run}")
     return run
 
 
@@ -1140,6 +1150,10 @@ def evaluate(args, benchmark, table, rows, records):
         raise sg.UserError(f"there is no response to any row of {table.file}")
     responses = [records[row["index"]]["response"] for row in rows]
     scores = [score(benchmark, row, response) for row, response in zip(rows, responses)]
+    for row, s in zip(rows, scores):                           # the rules may be newer than the responses
+        records[row["index"]] |= {"answer": s.answer, "score": s}
+    file = args.out / f"{benchmark}{'.scored' if args.predictions else ''}.jsonl"
+    write_atomically(file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records.values()))
     summary, spread = summarize(benchmark, rows, scores), intervals(benchmark, rows, scores)
     headline = next(iter(summary))
     result = {"headline": summary[headline], "interval": spread[headline], "rows": len(rows),
@@ -1189,9 +1203,8 @@ def run(args):
                 "model": args.model, "weights": weights, "file": str(table.file), "md5": table.md5, "plain": args.plain,
                 "max_new_tokens": args.max_new_tokens, "max_pixels": args.max_pixels}, args.overwrite)
             records = predict(args, name, table, rows, model, processor)
-        results[name] = evaluate(args, name, table, rows, records) | {"without image": skipped,
-                                                                      "without response": len(rows) - sum(
-                                                                          row.cells["index"] in records for row in rows)}
+        results[name] = evaluate(args, name, table, rows, records)
+        results[name] |= {"without image": skipped, "without response": len(rows) - results[name]["rows"]}
     report(args, label, results)
 
 
