@@ -254,10 +254,10 @@ _EXPLICIT = re.compile(                                        # its end is wher
     r"|\b(?:answer|option|choice) *[:=]|答案[是为选:]*", re.I)
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|okay|sure|finally)\b,? *)?"
-    r"(?:(?:it|that|this|there) (?:is|are) +|i (?:choose|select|pick) +)?"
+    r"(?:(?:it|that|this|there|the statement)(?: is| are|['’]s) +|i (?:would |will )?(?:choose|select|pick) +)?"
     r"(?:(?:(?:the|my) +)?(?:(?:correct|right|best|final) +)*"
     r"(?:answer|option|choice)\b *(?:is\b|[:=])* *(?:option\b)?)? *"
-    r"(?:[应故]?选[项择]?[是为:]* *|[是为] *(?=[A-Za-z0-9(]))?", re.I)
+    r"(?:(?:应该?|故)?选[项择]?[是为:]* *|[是为] *(?=[A-Za-z0-9(]))?", re.I)
 _REASON = re.compile(r",? +(?:because|since|as|which|although|though|but)\b|, *(?:so|not|it|the|this|they)\b|[.;:] |\n",
                      re.I)
 
@@ -266,8 +266,8 @@ def statements(response):
     """The texts in which a response may commit to its answer, the best first; [] when there are none.
 
     What stands under the last 'The final answer is' header, or else an explicit statement ('the answer is …',
-    \\boxed{…}), or else a short response, its last or its first sentence. A response in the template that was cut off
-    before its answer has given only what it states explicitly.
+    \\boxed{…}), or else a short response, its last sentence, last bold words or first sentence. A response in the
+    template that was cut off before its answer has given only what it states explicitly.
     """
     response = response[-20_000:].translate(_ASCII)            # twice what 2,048 tokens fill; the answer is at the end
     sections = sg.split_path(response)
@@ -278,7 +278,7 @@ def statements(response):
     else:
         paragraphs = [p for p in _BREAK.split(response.strip()) if p] or [""]
         found = [last_explicit(response), paragraphs[-1], _SENTENCE.split(paragraphs[-1])[-1],
-                 _SENTENCE.split(paragraphs[0])[0]]
+                 *re.findall(r"\*\*([^*\n]{1,80})\*\*", response)[-1:], _SENTENCE.split(paragraphs[0])[0]]
     return [plain(text[:1000]) for text in dict.fromkeys(found) if plain(text[:1000])]
 
 
@@ -303,7 +303,8 @@ def plain(text):
     """A statement without what surrounds it: JSON, lead-in, decoration, LaTeX's \\text{}, brackets around the whole."""
     for _ in range(6):
         before = text
-        text = sg.strip_decoration(re.sub(r"\*\*+", "", text)).strip("_ ,!")
+        text = sg.strip_decoration(re.sub(r"\*\*+", "", text)).strip("_ ,!✓✔✅")
+        text = re.sub(r'"\s*\}\Z', "", text)                   # the end of a JSON object
         text = re.sub(r"\A[\[{]([^\[\]{},]*)[\]}]\Z", r"\1", _WRAPPER.sub(r"\1", text))
         text = re.sub(r"\A\((-?[\d./]+)\)\Z", r"\1", text)
         text = text[_LEAD_IN.match(text).end():].strip() or text
@@ -314,7 +315,7 @@ def plain(text):
 
 def forms(text):
     """A statement, and what is left of it without the reason given after it, and without the words before 'is'."""
-    short = _REASON.split(text, maxsplit=1)[0]
+    short = re.sub(r"\s\([^()]*\)\Z", "", _REASON.split(text, maxsplit=1)[0])
     tail = re.split(r"\b(?:is|are|was|were|be|in|equals)\b|=", short)[-1]
     return list(dict.fromkeys(t for t in (text, plain(short), plain(tail)) if t))
 
@@ -332,7 +333,7 @@ _NUMBER = re.compile(r"-?(?:\d{1,400}(?:\.\d{1,400})?|\.\d{1,400})(?:e[-+]?\d{1,
 _RANGE = re.compile(r"\d+(?: - -?\d+)+")                       # 2014-2016, 5-2-3-4-1: codes, not differences
 _UNITS = re.compile(rf"(?:(?:{sg._UNIT_WORD})(?: \^ -?[23])?(?: |\Z)){{0,5}}")
 _ABOUT = re.compile(r"\A(?:(?:about|approximately|approx\.?|around|roughly|nearly|almost|exactly|only|a total of) +"
-                    r"|[≈≃~+] *)+", re.I)
+                    r"|[≈≃~+€£¥] *)+", re.I)
 _NO_CLAIM = re.compile(r"\b(?:not?|never|neither|nor|between|or|from|cannot|than|at least|at most)\b|n't\b", re.I)
 
 
@@ -386,6 +387,7 @@ def _atom(tokens):
 def spell_numbers(text):
     """Number words as digits: 'sixty-five' → '65'."""
     words = "|".join(_NUMBER_WORDS)
+    text = re.sub(r"\A(?:a )?(half|third|quarter)\b", r"1 \1", text, flags=re.I)
     text = re.sub(rf"\b({words})\b", lambda m: str(_NUMBER_WORDS[m[1].lower()]), text, flags=re.I)
     return re.sub(r"\b([2-9])0[- ]([1-9])\b", r"\1\2", text)
 
@@ -419,7 +421,7 @@ def quantities(text):
         return [q for q in found if q]
     tokens = sg.canonical(spell_numbers(text[:1000])).split()
     numbers = [i for i, token in enumerate(tokens) if _NUMBER.fullmatch(token)]
-    if len(numbers) != 1 or _NO_CLAIM.search(text):
+    if len(numbers) != 1 or _NO_CLAIM.search(text) or not re.search(r"[^\W\d_]{2}", text):       # 12k is no sentence
         return []
     i = numbers[0]
     return [q for q in [quantity(" ".join(tokens[i:i + 2])) or quantity(tokens[i])] if q]
@@ -454,9 +456,10 @@ def options_in(question):
 _SEPARATOR = r"(?:\s*[,/&;\n]\s*(?:and |or )?|\s+(?:and|or)\s+|\s*[与和或及]\s*)"
 _LETTERS = re.compile(rf"\(?[A-H]\)?(?:{_SEPARATOR}(?:option )?\(?[A-H]\b\)?(?! [a-z]))+|[A-H]{{2,8}}\Z")
 _LETTER = re.compile(
-    r"\(?([A-H])\)?(?:[.:),;]|\s*[-–—]\s|\s*\n|\s*(?=\()|\s+(?=because|since|as\b|with\b)|\Z)(.*)", re.S)
+    r"[(\[<]?([A-H])[)\]>]?(?:[.:),;项]|\s*[-–—]\s|\s*\n|\s*(?=\()|(?<=[)\]>])\s*|\Z"
+    r"|\s+(?=(?:because|since|as|with|is (?:the )?(?:correct|right|best|answer))\b))(.*)", re.S)
 _LOWER_LETTER = re.compile(r"(?:\(([a-h])\)|([a-h])(?=[.):]|\Z)[.):]?)(.*)", re.S)
-_LAST_LETTER = re.compile(r"(.+?)(?:,? option |\s*\()([A-H])\)?", re.S)
+_LAST_LETTER = re.compile(r"(.+?)(?:,? option |, (?:so )?|\s*\((?:option )?)([A-H])\)?", re.S)
 
 
 def chosen(text, options):
@@ -496,13 +499,15 @@ def chosen(text, options):
 
 _YES_NO = re.compile(
     r"(?:(yes|yeah|yep)|(no(?:pe)?)(?! (?:doubt|idea|problem)\b))(?![a-z])"
-    r"|(?:(true|correct|right|是的?|对的?|正确)|(false|incorrect|wrong|not (?:true|correct|right)|否|不是|不对|不正确|错误?))"
+    r"|(?:(true|correct|right|是的?|对的?|正确)|(false|incorrect|wrong|not (?:true|correct|right)|否|不是|不对|不正确|没有|错误?))"
     r"(?![a-z]| (?:of|side|answer|to)\b)", re.I)
 
 
 def yes_or_no(text, options=None):
     """'Yes', 'No' or '' of a statement: its first word, or the first one outside quotes that a sign of punctuation
     follows. With `options`, {"A": "Yes", "B": "No"}, a letter counts too, and must not contradict the word."""
+    if re.search(r"\bneither\b|\bnor\b", text, re.I):
+        return ""
     letter = re.match(r"\(?([AB])\)?(?![a-z]| [a-z])[.:), ]*", text, re.I)
     text = text[letter.end():].strip("( ") if letter else text
     word = _YES_NO.match(text)
@@ -594,13 +599,18 @@ def split_list(text):
 
 
 def grade_list(response, gold, close):
-    for text in statements(response):
+    """All items, none besides; numbers in their order, texts in any."""
+    def same(a, b):
+        return same_number(quantity(a), quantity(b), close) if quantity(a) and quantity(b) else same_text(a, b)
+
+    found = statements(response)
+    for text in found:
         items = split_list(text) or split_list(f"[{re.sub(' and ', ', ', text)}]")
         if items:
-            def same(a, b):
-                return same_number(quantity(a), quantity(b), close) if quantity(a) and quantity(b) else same_text(a, b)
-            return grade(text, len(items) == len(gold) and all(map(same, items, gold)))
-    return grade((statements(response) or [None])[0], False)
+            in_order = all(map(same, items, gold))
+            in_any = not any(map(quantity, gold)) and all(any(same(a, b) for a in items) for b in gold)
+            return grade(text, len(items) == len(gold) and (in_order or in_any))
+    return grade(found[0] if found else None, False)
 
 
 def grade_text(response, gold):
