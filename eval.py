@@ -250,7 +250,7 @@ _BREAK = re.compile(r"\n\s*\n")
 _SENTENCE = re.compile(r"(?<=[.!?]) +|\n+")
 _EXPLICIT = re.compile(                                        # its end is where the answer begins
     r'"[^"\n]{0,30}answer" *:'                                 # JSON
-    r"|\b(?:answer|option|choice)\b[^.\n:]{0,60}? (?:is|are|would be|must be|should be)\b *:?"
+    r"|\b(?:answer|option|choice|statement)\b[^.\n:]{0,60}? (?:is|are|would be|must be|should be)\b *:?"
     r"|\b(?:answer|option|choice) *[:=]|答案[是为选:]*", re.I)
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|okay|sure|finally)\b,? *)?"
@@ -314,11 +314,12 @@ def plain(text):
 
 
 def forms(text):
-    """A statement, and what is left of it without the reason given after it, and without the words before 'is'."""
+    """A statement, and what is left of it: without the reason given after it, then what stands after 'is' or '=', then
+    what stands before 'is', unless something is denied or compared ('Japan has the highest bar')."""
     short = re.sub(r"\s\([^()]*\)\Z", "", _REASON.split(text, maxsplit=1)[0])
     tail = re.split(r"\b(?:is|are|was|were|be|in|equals)\b|=", short)[-1]
-    return list(dict.fromkeys(t for t in (text, plain(short), plain(tail)) if t))
-
+    subject = "" if _NO_CLAIM.search(text) else re.split(r"\b(?:is|are|was|were|has|have|had)\b", short)[0]
+    return list(dict.fromkeys(t for t in (text, plain(short), plain(tail), plain(subject)) if t))
 
 
 # ─── 3. Values: numbers, texts, options ───────────────────────────────────────────────────────────────────────────────
@@ -429,7 +430,7 @@ def quantities(text):
 
 def same_words(a, b):
     """One canonical spelling, articles aside; AM or PM may be left out ('13:18 PM')."""
-    a, b = (re.sub(r"\A(?:the|an?) (?=\S)", "", sg.canonical(plain(side[:1000]))) for side in (a, b))
+    a, b = (re.sub(r"\A(?:the|an?) (?=\S)| ?_ ?", "", sg.canonical(plain(side[:1000]))) for side in (a, b))  # CO_2, CO2
     short_a, short_b = (re.sub(r" [ap]m\Z", "", side) for side in (a, b))
     return bool(a) and (a == b or (short_a == short_b and (a == short_a or b == short_b)))
 
@@ -494,11 +495,14 @@ def chosen(text, options):
     if match:
         said = equal(plain(match[1]))
         return {match[2]} | (said if match[2] not in said else set())
-    return next(filter(None, map(equal, forms(text))), set())
+    noun = re.fullmatch(r"\w+ ([A-H])", text)                  # Picture E, where the options are only letters
+    if noun and all(len(option) < 2 for option in options.values()):
+        return {noun[1]}
+    return next(filter(None, map(equal, [*forms(text), yes_or_no(text)])), set())
 
 
 _YES_NO = re.compile(
-    r"(?:(yes|yeah|yep)|(no(?:pe)?)(?! (?:doubt|idea|problem)\b))(?![a-z])"
+    r"(?:(yes|yeah|yep)|(no(?:pe)?)(?! (?:doubt|idea|problem|information|answer)\b))(?![a-z])"
     r"|(?:(true|correct|right|是的?|对的?|正确)|(false|incorrect|wrong|not (?:true|correct|right)|否|不是|不对|不正确|没有|错误?))"
     r"(?![a-z]| (?:of|side|answer|to)\b)", re.I)
 
