@@ -279,7 +279,7 @@ def statements(response):
         paragraphs = [p for p in _BREAK.split(response.strip()) if p] or [""]
         found = [last_explicit(response), paragraphs[-1], _SENTENCE.split(paragraphs[-1])[-1],
                  *re.findall(r"\*\*([^*\n]{1,80})\*\*", response)[-1:], _SENTENCE.split(paragraphs[0])[0]]
-    return [plain(text[:1000]) for text in dict.fromkeys(found) if plain(text[:1000])]
+    return [text for text in dict.fromkeys(plain(text[:1000]) for text in found) if text]
 
 
 def first_paragraph(text):
@@ -306,7 +306,6 @@ def plain(text):
         text = sg.strip_decoration(re.sub(r"\*\*+", "", text)).strip("_ ,!✓✔✅")
         text = re.sub(r'"\s*\}\Z', "", text)                   # the end of a JSON object
         text = re.sub(r"\A[\[{]([^\[\]{},]*)[\]}]\Z", r"\1", _WRAPPER.sub(r"\1", text))
-        text = re.sub(r"\A\((-?[\d./]+)\)\Z", r"\1", text)
         text = text[_LEAD_IN.match(text).end():].strip() or text
         if text == before:
             break
@@ -510,7 +509,7 @@ _YES_NO = re.compile(
 def yes_or_no(text, options=None):
     """'Yes', 'No' or '' of a statement: its first word, or the first one outside quotes that a sign of punctuation
     follows. With `options`, {"A": "Yes", "B": "No"}, a letter counts too, and must not contradict the word."""
-    if re.search(r"\bneither\b|\bnor\b", text, re.I):
+    if re.match(r"neither\b", text, re.I):
         return ""
     letter = re.match(r"\(?([AB])\)?(?![a-z]| [a-z])[.:), ]*", text, re.I)
     text = text[letter.end():].strip("( ") if letter else text
