@@ -429,7 +429,8 @@ def quantities(text):
 
 def same_words(a, b):
     """One canonical spelling, articles aside; AM or PM may be left out ('13:18 PM')."""
-    a, b = (re.sub(r"\A(?:the|an?) (?=\S)| ?_ ?", "", sg.canonical(plain(side[:1000]))) for side in (a, b))  # CO_2, CO2
+    a, b = (re.sub(r"\A(?:the|an?) +(?=\S)", "", plain(side[:1000]), flags=re.I) for side in (a, b))
+    a, b = (re.sub(r" ?_ ?", "", sg.canonical(side)) for side in (a, b))                           # CO_2 is CO2
     short_a, short_b = (re.sub(r" [ap]m\Z", "", side) for side in (a, b))
     return bool(a) and (a == b or (short_a == short_b and (a == short_a or b == short_b)))
 
@@ -606,13 +607,21 @@ def grade_list(response, gold, close):
     def same(a, b):
         return same_number(quantity(a), quantity(b), close) if quantity(a) and quantity(b) else same_text(a, b)
 
+    def same_in_any_order(items):
+        left = list(items)
+        for wanted in gold:
+            match = next((n for n, item in enumerate(left) if same(item, wanted)), None)
+            if match is None:
+                return False
+            del left[match]
+        return True
+
     found = statements(response)
     for text in found:
         items = split_list(text) or split_list(f"[{re.sub(' and ', ', ', text)}]")
         if items:
-            in_order = all(map(same, items, gold))
-            in_any = not any(map(quantity, gold)) and all(any(same(a, b) for a in items) for b in gold)
-            return grade(text, len(items) == len(gold) and (in_order or in_any))
+            right = all(map(same, items, gold)) or (not any(map(quantity, gold)) and same_in_any_order(items))
+            return grade(text, right and len(items) == len(gold))
     return grade(found[0] if found else None, False)
 
 
@@ -627,15 +636,21 @@ def mmstar_options(row):
 
 
 def choices_of(row):
-    return {chr(ord("A") + i): str(choice) for i, choice in enumerate(ast.literal_eval(cell(row, "choices") or "[]"))}
+    choices = ast.literal_eval(cell(row, "choices") or "[]")
+    if not isinstance(choices, list):
+        raise ValueError(f"choices {choices!r} are no list")
+    return {chr(ord("A") + i): str(choice) for i, choice in enumerate(choices)}
 
 
 def score_mathvista(row, response):
     gold, precision = str(row["answer"]), cell(row, "precision")
     if cell(row, "question_type") == "multi_choice":
         return grade_choice(response, choices_of(row), cell(row, "answer_option") or gold)
-    decimals = 0 if cell(row, "answer_type") == "integer" else int(float(precision)) if precision else len(
-        gold.partition(".")[2])
+    if precision and not math.isfinite(float(precision)):
+        raise ValueError(f"precision {precision} is no number of decimals")
+    decimals = int(float(precision)) if precision else len(gold.partition(".")[2])
+    if cell(row, "answer_type") == "integer":
+        decimals = 0
     return grade_value(response, gold, lambda p, g: round(p, decimals) == round(g, decimals), cell(row, "question"))
 
 
@@ -696,7 +711,10 @@ def hallusionbench_question(row):
 
 def hallusionbench_place(row):
     """l2-category, set, figure and question; index is {VD or VS}_{subcategory}_{visual}_{set}_{figure}_{question}."""
-    return cell(row, "l2-category"), *cell(row, "index").split("_")[-3:]
+    parts = cell(row, "index").split("_")
+    if len(parts) < 6:
+        raise ValueError(f"the index {cell(row, 'index')!r} names no set, figure and question")
+    return cell(row, "l2-category"), *parts[-3:]
 
 
 def hallusionbench_units(rows):
@@ -890,9 +908,13 @@ def check_settings(out, benchmark, settings, overwrite):
     write_atomically(file, json.dumps({**saved, benchmark: settings}, indent=1))
 
 
+# Half of an emoji, which a model can emit and UTF-8 cannot hold, becomes an escape, which JSON can.
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+
 def write_atomically(file, text):
     new = file.with_suffix(file.suffix + ".new")
-    new.write_text(text, encoding="utf-8")
+    new.write_text(text, **TEXT)
     new.replace(file)
 
 
@@ -901,7 +923,7 @@ def predict(args, benchmark, table, rows, model, processor):
     file = args.out / f"{benchmark}.jsonl"
     done = {record["id"]: record for record in read_jsonl(file)}
     todo = [row for row in rows if row.cells["index"] not in done]
-    with (open(file, "a", encoding="utf-8") as out,
+    with (open(file, "a", **TEXT) as out,
           tqdm(total=len(rows), initial=len(rows) - len(todo), desc=f"{benchmark:14}", unit="question") as bar):
         for batch in sg.chunks(todo, args.batch_size):
             asked = []                                         # (row, text of the prompt, Prompt)
@@ -930,16 +952,15 @@ def read_predictions(file):
     .tsv with these columns, such as VLMEvalKit's."""
     if not file.is_file():
         raise sg.UserError(f"--predictions {file}: there is no such file")
-    with open(file, encoding="utf-8-sig", newline="") as f:
-        if file.suffix == ".tsv":
-            records = list(csv.DictReader(f, delimiter="\t"))
-        else:
-            try:
-                records = [json.loads(line) for line in f if line.strip()]
-            except ValueError as e:
-                raise sg.UserError(f"{file} is no .jsonl file: {e}") from None
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as f:
+            records = list(csv.DictReader(f, delimiter="\t")) if file.suffix == ".tsv" else [
+                json.loads(line) for line in f if line.strip()]
+    except (ValueError, csv.Error) as e:
+        raise sg.UserError(f"{file} is no {file.suffix} file: {e}") from None
     found = {}
     for n, record in enumerate(records, 1):
+        record = record if isinstance(record, dict) else {}
         name, response = record.get("id", record.get("index")), record.get("response", record.get("prediction"))
         if name is None or response is None:
             raise sg.UserError(f"{file} record {n}: needs id (or index) and response (or prediction)")
@@ -981,7 +1002,7 @@ def judge(args, benchmark, rows, responses, scores):
     key = os.environ.get(args.api_key_env, "")
     endpoint = Endpoint(chat_url(args.judge), args.judge_model, key, temperature=0, timeout=120, retries=4, backoff=1)
     judged, unparsed = list(scores), [n for n, s in enumerate(scores) if s.answer is None]
-    with open(file, "a", encoding="utf-8") as out:
+    with open(file, "a", **TEXT) as out:
         for n in tqdm(unparsed, f"{benchmark:14}", unit="verdict"):
             case = args.judge_model, cell(rows[n], "index"), responses[n]
             if case not in known:
@@ -1042,7 +1063,7 @@ def table_rows(results, label):
     for with_judge in (False, True)[:1 + any("with judge" in r for r in results.values())]:
         headlines = {n: r.get("with judge", r["headline"]) if with_judge else r["headline"] for n, r in results.items()}
         mean = average(headlines)
-        rows.append(line(f"{label}{' + judge' * with_judge}", lambda n: shown(n, headlines[n]), str(mean or "–")))
+        rows.append(line(f"{label}{' + judge' * with_judge}", lambda n: shown(n, headlines[n]), "–" if mean is None else str(mean)))
     rows += [line("  95 % interval, from", lambda n: shown(n, results[n]["interval"][0])),
              line("  to", lambda n: shown(n, results[n]["interval"][1])),
              line("  rows", lambda n: str(results[n]["rows"])),
@@ -1101,6 +1122,10 @@ def parse_arguments(argv):
         raise sg.UserError("--judge URL and --judge-model NAME belong together")
     if min(args.batch_size, args.max_new_tokens) < 1 or args.limit < 0:
         raise sg.UserError("--batch-size and --max-new-tokens must be at least 1, --limit not negative")
+    if args.dtype not in ("auto", "float32", "bfloat16"):
+        raise sg.UserError(f"--dtype is auto, float32 or bfloat16, not {args.dtype}")
+    if args.max_pixels < 56 * 56:
+        raise sg.UserError("--max-pixels must be at least 56 × 56 = 3136, the smallest image of Qwen2-VL")
     return args
 
 
@@ -1132,13 +1157,14 @@ def open_benchmark(args, benchmark):
     for row in table.rows.values():
         try:
             score(benchmark, row.cells, "")
-            if not b.question(row.cells):
+            b.cluster(row.cells)
+            if not cell(row.cells, "question"):
                 raise ValueError("the question is empty")
             good.append(row)
         except ValueError as e:
             complaints.append(f"{row.where}: {e}")
     complain(complaints, args.skip_bad_rows)
-    if table.md5 != b.md5 and table.file.parent != MINIATURES:
+    if table.md5 != b.md5 and table.file.parent.resolve() != MINIATURES:
         print(f"{table.file} is not the published file (MD5 {table.md5}, published {b.md5})")
     asked = [row for row in good if row.has_image or "image" not in table.header and args.predictions]
     if not asked:
@@ -1223,7 +1249,7 @@ def run(args):
 
 def report(args, label, results):
     rows = table_rows(results, label)
-    notes = [MINIATURE_NOTE] if any(Path(r["file"]).parent == MINIATURES for r in results.values()) else []
+    notes = [MINIATURE_NOTE] if any(Path(r["file"]).parent.resolve() == MINIATURES for r in results.values()) else []
     for name, r in results.items():
         for what in ("without image", "without response"):
             if r[what]:

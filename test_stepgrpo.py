@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Tests of stepgrpo.py, data/shapes.py and data/key_steps.py: pytest, CPU, no network, no download.
+"""Tests of stepgrpo.py, eval.py and the scripts in data/: pytest, CPU, no network, no download.
 
     python -m pytest -q test_stepgrpo.py
 
 A test is named after the trap it guards. Reference tests compare with a naive version written beside them. Where CUDA
-is present, the tests of sections 4 and 5 run on it, in float32. Nothing is written into the repository.
+is present, the tests of sections 4 and 5 run on it, in float32. Nothing is written into the repository. Tests of
+sections 10 to 13 that need ../shared, which is no part of the project, are skipped where it is absent.
 """
 import ast
+import base64
 import contextlib
+import csv
 import doctest
+import functools
+import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import os
@@ -24,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import zlib
 from collections import Counter, deque
 from copy import deepcopy
@@ -32,6 +39,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"               # before transformers is imported: no test may reach for the Hub
+# Before torch is: some virtual machines announce AMX and then refuse it; bf16 would die of an illegal instruction.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import pytest
 import torch
@@ -40,6 +49,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+import eval as ev
 import stepgrpo as sg
 
 HERE = Path(__file__).resolve().parent
@@ -59,6 +69,8 @@ def load_script(name):
 
 
 ks, shapes = load_script("key_steps"), load_script("shapes")
+bench = load_script("bench")                     # after shapes, which it imports
+PROJECT_FILES = [HERE / "stepgrpo.py", HERE / "eval.py", *sorted((HERE / "data").glob("*.py"))]
 
 
 # ─── 1. A checkpoint in the layout that was published in 2024 ─────────────────────────────────────────────────────────
@@ -467,6 +479,18 @@ HOSTILE = {
 }
 
 
+def best_of(call, tries=5):
+    """Seconds of the fastest try: the machine may be busy, but a hang is slow every time."""
+    best = float("inf")
+    for _ in range(tries):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+        if best < BUDGET_S / 2:
+            break
+    return best
+
+
 def slowest(text):
     keys = [["x = 3"], ["2"], ["right triangle"], ["not x"], ["x"]] * 2
     whole = f"### Step 1:\n{text}\n### The final answer is: {text}"
@@ -477,16 +501,6 @@ def slowest(text):
         "match_key_steps": lambda: sg.match_key_steps(whole, keys), "validity": lambda: sg.step_validity_reward(whole),
         "accuracy": lambda: sg.step_accuracy_reward(whole, "3", keys),
     }
-
-    def best_of(call):  # the machine may be busy: a hang is slow every time
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            call()
-            best = min(best, time.perf_counter() - start)
-            if best < BUDGET_S / 2:
-                break
-        return best
 
     return max((best_of(call), name) for name, call in calls.items())
 
@@ -658,17 +672,19 @@ def at_log(phase, step, act):
 
 def test_only_the_four_packages_and_the_standard_library_are_imported():
     allowed = {"torch", "transformers", "huggingface_hub", "safetensors", "PIL", "tqdm"} | sys.stdlib_module_names
-    for file in (HERE / "stepgrpo.py", *(HERE / "data").glob("*.py")):
+    own = {"eval.py": {"stepgrpo", "data"}, "bench.py": {"shapes"}}     # every other file stands alone
+    for file in PROJECT_FILES:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert {name.split(".")[0] for name in names} <= allowed, f"{file.name} line {node.lineno}"
+            names = {name.split(".")[0] for name in names}
+            assert names <= allowed | own.get(file.name, set()), f"{file.name} line {node.lineno}"
     if importlib.util.find_spec("torchvision") is None:
         assert "torchvision" not in sys.modules
 
 
 def test_no_bare_except_hides_a_bug():
-    for file in (HERE / "stepgrpo.py", *(HERE / "data").glob("*.py")):
+    for file in PROJECT_FILES:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
                 names = {name.id for name in ast.walk(node.type or ast.Name("Exception")) if isinstance(name, ast.Name)}
@@ -1999,6 +2015,12 @@ def test_every_python_file_carries_its_licence():
         assert file.read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: MIT\n"), file
 
 
+def test_lines_fit_120_columns():
+    for file in (*PROJECT_FILES, HERE / "test_stepgrpo.py"):
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            assert len(line) <= 120, f"{file.name} line {number}"
+
+
 # ─── 8. Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 KEYS_OF_4 = {"Steps": [["x = 3", "3 = x"], "y = 4"]}
@@ -2438,6 +2460,8 @@ def test_a_command_of_the_readmes_is_accepted(file, command, tmp_path, monkeypat
             assert sg.parse_config(flags)
         except sg.UserError as problem:
             assert "--resume" in flags and "nothing to resume" in str(problem)
+    elif script == "eval.py":
+        assert ev.parse_arguments(flags)
     elif script == "data/key_steps.py":
         monkeypatch.setenv("OPENAI_API_KEY", "x")
         assert ks.read_arguments(flags)
@@ -2845,3 +2869,1918 @@ def test_help_explains(capsys):
     with pytest.raises(SystemExit):
         ks.main(["--help"])
     assert "by rule" in capsys.readouterr().out
+
+
+# ─── 10. eval.py: files and images ────────────────────────────────────────────────────────────────────────────────────
+
+SHARED = HERE.parent / "shared"                  # test data and facts that are no part of the project
+
+
+def needs(path):
+    """Skips a test where the shared folder lacks this."""
+    return pytest.mark.skipif(not (SHARED / path).exists(), reason=f"{SHARED / path} is absent")
+
+
+CASES, REAL_ROWS = SHARED / "benchmarks" / "cases", SHARED / "benchmarks" / "tsv"
+has_cases, has_real_rows = needs(CASES), needs(REAL_ROWS)
+
+
+def encoded(color="red", size=(40, 30), kind="PNG"):
+    """An image as base64 text."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_tsv(file, rows, header=("index", "image", "question"), end="\r\n", quoting=csv.QUOTE_MINIMAL):
+    with open(file, "w", encoding="utf-8", newline="") as f:
+        csv.writer(f, "excel-tab", lineterminator=end, quoting=quoting).writerows([header, *rows])
+    return file
+
+
+def write_bytes(file, data):
+    file.write_bytes(data)
+    return file
+
+
+def names_in(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+# -- find and download
+
+BODY = random.Random(0).randbytes(700_000)
+BODY_MD5 = hashlib.md5(BODY).hexdigest()
+
+
+class FileServer(ThreadingHTTPServer):
+    """Serves its body at any address. `cuts`: how many bytes to send, per request, before the line goes dead."""
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), FileHandler)
+        self.body = BODY
+        self.url = f"http://127.0.0.1:{self.server_port}/some/where.tsv"
+        self.ranges, self.agents, self.cuts, self.knows_range, self.on_request = [], [], [], True, None
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class FileHandler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, start, asked = self.server, 0, self.headers["Range"]
+        server.ranges.append(asked)
+        server.agents.append(self.headers["User-Agent"])
+        if server.on_request:
+            server.on_request(self)
+        if asked and server.knows_range:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if start >= len(server.body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(server.body) - start))
+        self.end_headers()
+        self.wfile.write(server.body[start:][:server.cuts.pop(0) if server.cuts else None])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def file_server(no_proxy):
+    with FileServer() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_full_download_creates_the_folder_and_shows_bytes(file_server, tmp_path, capsys):
+    file = tmp_path / "new" / "folder" / "A.tsv"
+    assert ev.download(file_server.url, file, BODY_MD5) == file
+    assert file.read_bytes() == BODY and names_in(file.parent) == ["A.tsv"]
+    assert file_server.ranges == [None] and "Python-urllib" not in file_server.agents[0]
+    err = capsys.readouterr().err
+    assert "A.tsv" in err and "700k/700k" in err
+
+
+def test_a_partial_file_is_resumed_with_a_range(file_server, tmp_path, capsys):
+    (tmp_path / "A.tsv.part").write_bytes(BODY[:500_000])
+    ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    assert file_server.ranges == ["bytes=500000-"]
+    assert (tmp_path / "A.tsv").read_bytes() == BODY and names_in(tmp_path) == ["A.tsv"]
+    assert "700k/700k" in capsys.readouterr().err              # the bar counts what was there
+
+
+def test_a_server_that_ignores_the_range_starts_over_and_is_not_appended(file_server, tmp_path):
+    file_server.knows_range = False
+    (tmp_path / "A.tsv.part").write_bytes(BODY[:500_000])
+    ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    assert file_server.ranges == ["bytes=500000-"] and (tmp_path / "A.tsv").read_bytes() == BODY
+
+
+def test_a_short_body_is_a_dropped_connection_and_is_resumed(file_server, tmp_path):
+    file_server.cuts = [100_000, 250_000]
+    ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    assert file_server.ranges == [None, "bytes=100000-", "bytes=350000-"]
+    assert (tmp_path / "A.tsv").read_bytes() == BODY
+
+
+def test_a_short_body_is_noticed_without_an_md5_too(file_server, tmp_path):
+    file_server.cuts = [100_000]
+    ev.download(file_server.url, tmp_path / "A.tsv", None)
+    assert (tmp_path / "A.tsv").read_bytes() == BODY
+
+
+def test_drops_without_progress_end_in_an_error_and_the_part_stays(file_server, tmp_path):
+    file_server.cuts = [100_000, 0, 100_000]
+    with pytest.raises(sg.UserError, match="ended after 100,000 of 700,000 bytes.*goes on from A.tsv.part"):
+        ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    assert len(file_server.ranges) == 2 and (tmp_path / "A.tsv.part").read_bytes() == BODY[:100_000]
+    file_server.cuts = []
+    ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    assert (tmp_path / "A.tsv").read_bytes() == BODY
+
+
+def test_drops_with_progress_end_after_ten(file_server, tmp_path):
+    file_server.cuts = [1000] * 100
+    with pytest.raises(sg.UserError, match="10,000 of 700,000"):
+        ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    assert len(file_server.ranges) == 10
+
+
+@pytest.mark.parametrize("part, ranges", [
+    (BODY, ["bytes=700000-"]), (bytes(700_000), ["bytes=700000-", None]), (BODY + b"x", ["bytes=700001-", None]),
+], ids=["whole", "of another file", "too long"])
+def test_a_range_past_the_end_means_whole_or_start_over(file_server, tmp_path, part, ranges):
+    (tmp_path / "A.tsv.part").write_bytes(part)
+    ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    assert file_server.ranges == ranges and (tmp_path / "A.tsv").read_bytes() == BODY
+    assert names_in(tmp_path) == ["A.tsv"]
+
+
+def test_a_wrong_md5_is_kept_apart_and_both_sums_are_named(file_server, tmp_path):
+    with pytest.raises(sg.UserError) as e:
+        ev.download(file_server.url, tmp_path / "A.tsv", "0" * 32)
+    named = (BODY_MD5, "0" * 32, str(tmp_path / "A.tsv.wrong-md5"), file_server.url)
+    assert all(part in str(e.value) for part in named)
+    assert names_in(tmp_path) == ["A.tsv.wrong-md5"]
+    ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)         # it does not poison the next try
+    assert file_server.ranges == [None, None]
+
+
+def test_a_stale_part_of_an_older_file_is_a_wrong_md5_and_no_mixture_stays(file_server, tmp_path):
+    (tmp_path / "A.tsv.part").write_bytes(bytes(1000))
+    with pytest.raises(sg.UserError, match="MD5"):
+        ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    assert names_in(tmp_path) == ["A.tsv.wrong-md5"]
+
+
+def test_nothing_stands_at_the_final_name_before_the_check(file_server, tmp_path, monkeypatch):
+    seen, md5_of = [], ev.md5_of
+    file_server.cuts, file_server.on_request = [100_000], lambda _: seen.append((tmp_path / "A.tsv").exists())
+    monkeypatch.setattr(ev, "md5_of", lambda file: seen.append((tmp_path / "A.tsv").exists()) or md5_of(file))
+    ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    assert seen == [False] * 3 and (tmp_path / "A.tsv").exists()
+
+
+def test_ctrl_c_leaves_the_part_of_a_download(file_server, tmp_path, monkeypatch):
+    class Stopped(ev.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            if self.n > 300_000:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(ev, "tqdm", Stopped)
+        ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    size = (tmp_path / "A.tsv.part").stat().st_size
+    assert 300_000 < size < 400_000 and names_in(tmp_path) == ["A.tsv.part"]
+    ev.download(file_server.url, tmp_path / "A.tsv", BODY_MD5)
+    assert file_server.ranges[-1] == f"bytes={size}-" and (tmp_path / "A.tsv").read_bytes() == BODY
+
+
+def test_an_unreachable_server_is_one_line_with_address_and_folder(no_proxy, tmp_path):
+    with FileServer() as gone:
+        url = gone.url
+    with pytest.raises(sg.UserError) as e:
+        ev.download(url, tmp_path / "A.tsv", BODY_MD5)
+    text = str(e.value)
+    assert "\n" not in text and url in text and str(tmp_path) in text and "refused" in text and ".part" not in text
+    assert not names_in(tmp_path)
+    (tmp_path / "A.tsv.part").write_bytes(BODY[:10])
+    with pytest.raises(sg.UserError, match="goes on from A.tsv.part"):
+        ev.download(url, tmp_path / "A.tsv", BODY_MD5)
+
+
+def test_a_missing_page_a_mute_server_and_an_unwritable_folder_are_user_errors(file_server, tmp_path):
+    for reply, message in [(lambda handler: handler.send_error(404, "Gone away"), "HTTP Error 404: Gone away"),
+                           (lambda handler: handler.send_error(416, "No such range"), "HTTP Error 416"),
+                           (lambda handler: handler.wfile.write(b"hello\r\n\r\n"), "hello"),
+                           (lambda handler: 1 / 0, "closed connection without response")]:
+        file_server.on_request = reply
+        with pytest.raises(sg.UserError, match=message):
+            ev.download(file_server.url, tmp_path / "A.tsv", None)
+        assert not names_in(tmp_path)
+    write_bytes(tmp_path / "plain", b"")
+    with pytest.raises(sg.UserError, match="cannot download"):
+        ev.download(file_server.url, tmp_path / "plain" / "A.tsv", None)
+
+
+def test_the_first_folder_that_has_the_file_wins_whatever_its_md5(file_server, tmp_path):
+    folders = [tmp_path / name for name in ("given", "second", "third")]
+    for folder in folders[1:]:
+        folder.mkdir()
+        (folder / "A.tsv").write_text("a rebuilt file")
+    (tmp_path / "second" / "B.tsv").mkdir()                    # a folder is no file
+    assert ev.find_tsv("A.tsv", file_server.url, BODY_MD5, folders) == tmp_path / "second" / "A.tsv"
+    assert not file_server.ranges
+    assert ev.find_tsv("B.tsv", file_server.url, BODY_MD5, folders) == tmp_path / "given" / "B.tsv"
+    assert (tmp_path / "given" / "B.tsv").read_bytes() == BODY
+
+
+def test_data_folders_are_those_of_vlmevalkit_after_the_given_one(monkeypatch):
+    monkeypatch.setenv("LMUData", "/lmu")
+    home = Path("~/LMUData").expanduser()
+    assert ev.data_folders("mine") == [Path("mine"), Path("/lmu"), home]
+    assert ev.data_folders(None) == [Path("/lmu"), home]
+    monkeypatch.delenv("LMUData")
+    assert ev.data_folders("") == [home] and ev.data_folders("~/x")[0] == Path("~/x").expanduser()
+
+
+# -- read
+
+def test_rows_hold_text_verbatim_and_no_image(tmp_path):
+    rows = [["1", encoded(), 'two\nlines, a\ttab and "quotes"'], ["b 2", "", " é ∠ 72° \u2028 x "]]
+    file = write_tsv(tmp_path / "A.tsv", rows)
+    table = ev.read_tsv(file, ("question",))
+    assert [row.cells for row in table.rows.values()] == [
+        {"index": "1", "question": rows[0][2]}, {"index": "b 2", "question": rows[1][2]}]
+    assert [row.has_image for row in table.rows.values()] == [True, False]
+    assert list(table.rows) == ["1", "b 2"] and not table.complaints
+    assert table.md5 == hashlib.md5(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("last", [True, False])
+def test_line_ends_bom_and_a_missing_last_line_end_change_nothing(tmp_path, end, bom, last):
+    file = write_tsv(tmp_path / "A.tsv", [[1, encoded("red"), "a"], [2, encoded("blue"), "b"]], end=end)
+    file.write_bytes(bom + (file.read_bytes() if last else file.read_bytes().rstrip()))
+    table = ev.read_tsv(file, ("index", "question"))
+    assert [row.cells for row in table.rows.values()] == [{"index": "1", "question": "a"},
+                                                          {"index": "2", "question": "b"}]
+    colors = [ev.row_images(table, row, 10**6)[0].getpixel((0, 0)) for row in table.rows.values()]
+    assert colors == [(255, 0, 0), (0, 0, 255)] and table.md5 == hashlib.md5(file.read_bytes()).hexdigest()
+
+
+def test_blank_lines_are_ignored_but_counted(tmp_path):
+    file = write_bytes(tmp_path / "A.tsv", b"index\tq\n\n  \n1\ta\n\r\n\t\n2\tb\n\n")
+    table = ev.read_tsv(file)
+    assert not table.complaints
+    assert [row.where for row in table.rows.values()] == [f"{file} line 4", f"{file} line 7"]
+
+
+def test_a_bad_row_is_named_by_its_physical_line_after_cells_of_several_lines(tmp_path):
+    file = write_bytes(tmp_path / "A.tsv", b'index\tq\n1\t"a\n\nb"\n2\ttoo\tmany\n3\t"c\r\nd"\n4\n5\te\n')
+    table = ev.read_tsv(file)
+    assert table.complaints == [f"{file} line 5: has 3 cells, the header has 2",
+                                f"{file} line 8: has 1 cells, the header has 2"]
+    assert {i: row.where.split()[-1] for i, row in table.rows.items()} == {"1": "2", "3": "6", "5": "9"}
+
+
+def test_duplicate_and_empty_index_are_complaints_and_the_first_row_stays(tmp_path):
+    file = write_tsv(tmp_path / "A.tsv", [["7", "a"], ["8", "b"], ["7 ", "c"], ["", "d"]], ("index", "q"))
+    table = ev.read_tsv(file)
+    assert table.complaints == [f"{file} line 4: has the index '7' of {file} line 2",
+                                f"{file} line 5: the index is empty"]
+    assert [row.cells["q"] for row in table.rows.values()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_a_quote_that_never_closes_is_a_complaint_though_the_cell_count_fits(tmp_path, column):
+    bad = b'2\t"b' if column else b'"2\tb'
+    file = write_bytes(tmp_path / "A.tsv", b"index\tq\n1\ta\n" + bad + b"\n3\tc\n4\td\n")
+    table = ev.read_tsv(file)
+    assert list(table.rows) == ["1"] and len(table.complaints) == 1
+    assert table.complaints[0].startswith(f"{file} line 3: ") and "line 5" in table.complaints[0]
+
+
+def test_a_lone_carriage_return_outside_quotes_is_a_complaint(tmp_path):
+    file = write_bytes(tmp_path / "A.tsv", b"index\tq\n1\ta\rb\n2\tc\n")
+    table = ev.read_tsv(file)
+    assert list(table.rows) == ["2"] and table.complaints[0].startswith(f"{file} line 2: ")
+
+
+def test_a_quote_closed_by_a_later_cell_is_no_silent_merge(tmp_path):
+    file = write_bytes(tmp_path / "A.tsv", b'index\tq\n1\t"open\n2\t"quoted"\n3\tc\n')
+    table = ev.read_tsv(file)
+    assert list(table.rows) == ["3"] and table.complaints[0].startswith(f"{file} line 2: ")
+
+
+def test_an_open_quote_does_not_read_the_rest_of_a_large_file_into_memory(tmp_path, monkeypatch):
+    limit = csv.field_size_limit
+    monkeypatch.setattr(ev.csv, "field_size_limit", lambda size: limit(10**5))
+    rows = b"".join(b"%d\t%s\n" % (i, b"x" * 1000) for i in range(2, 300))
+    try:
+        table = ev.read_tsv(write_bytes(tmp_path / "A.tsv", b'index\tq\n1\t"open\n' + rows))
+    finally:
+        limit(1 << 26)
+    assert len(table.complaints) == 1 and "field limit" in table.complaints[0] and len(table.rows) > 190
+
+
+def test_the_field_limit_fits_images_and_every_platform():
+    csv.field_size_limit(131072)
+    with pytest.raises(sg.UserError):
+        ev.read_tsv("absent.tsv")
+    assert 5e7 < csv.field_size_limit() < 2**31                # a C long has 32 bits on Windows
+
+
+def test_missing_columns_are_named_beside_those_found(tmp_path):
+    file = write_tsv(tmp_path / "A.tsv", [])
+    with pytest.raises(sg.UserError) as e:
+        ev.read_tsv(file, ("question", "answer", "category"))
+    assert str(e.value) == f"{file} has no column answer, category; its first line holds: index, image, question"
+
+
+@pytest.mark.parametrize("data", [b"", b"\n\n", b"1\t" + b"A" * 10**6 + b"\n", b"<!DOCTYPE html>\n<html>\n"],
+                         ids=["empty", "blank", "no header", "web page"])
+def test_no_header_is_an_error_of_readable_length(tmp_path, data):
+    with pytest.raises(sg.UserError, match="A.tsv has no column index") as e:
+        ev.read_tsv(write_bytes(tmp_path / "A.tsv", data))
+    assert len(str(e.value)) < 500
+
+
+def test_unreadable_files_are_user_errors(tmp_path):
+    for data, message in [(b"index\tq\n1\ta\n2\t\xff\xfe\n", "A.tsv line 3 is not UTF-8.*byte 3"),
+                          ("index\tq\n".encode("utf-16"), "A.tsv line 1 is not UTF-8"),
+                          (b'"index\tq\n1\ta\n', "cannot read .*A.tsv")]:
+        with pytest.raises(sg.UserError, match=message):
+            ev.read_tsv(write_bytes(tmp_path / "A.tsv", data))
+    for file in (tmp_path / "absent.tsv", tmp_path):
+        with pytest.raises(sg.UserError, match="cannot read"):
+            ev.read_tsv(file)
+
+
+def test_every_offset_is_where_the_record_begins_in_random_files(tmp_path):
+    rng = random.Random(0)
+    for n in range(20):
+        rows = [[str(i), str(i) * 70, "".join(rng.choices('ab\n\t"é\r,', k=rng.randrange(12)))] for i in range(30)]
+        rows = [[i, base64.b64encode(text.encode()).decode(), q] for i, text, q in rows]
+        end = rng.choice(["\n", "\r\n"])
+        table = ev.read_tsv(write_tsv(tmp_path / "A.tsv", rows, end=end, quoting=csv.QUOTE_ALL))
+        assert [row.cells["question"] for row in table.rows.values()] == [q for _, _, q in rows]
+        assert [ev.image_texts(table, row) for row in table.rows.values()] == [[text] for _, text, _ in rows]
+
+
+@pytest.mark.parametrize("value, text", [
+    (None, ""), (float("nan"), ""), ("", ""), ("  ", ""), ("NA", ""), ("N/A", ""), ("None", ""), ("null", ""),
+    ("nan", ""), ("NaN", ""), (" x ", "x"), (3, "3"), (3.0, "3.0"), (0, "0"), ("none of them", "none of them"),
+])
+def test_a_cell_is_missing_where_pandas_reads_none(value, text):
+    assert ev.cell({"A": value}, "A") == text and ev.cell({}, "A") == ""
+
+
+# -- images
+
+def images_of(tmp_path, cells, max_pixels=10**6):
+    """Cells of the image column → list of (images or the error) per row; their indices are 1, 2, …"""
+    table = ev.read_tsv(write_tsv(tmp_path / "A.tsv", [[i, cell, "q"] for i, cell in enumerate(cells, 1)]))
+    assert len(table.rows) == len(cells)
+    found = []
+    for row in table.rows.values():
+        try:
+            found.append(ev.row_images(table, row, max_pixels))
+        except ValueError as e:
+            found.append(str(e))
+    return found
+
+
+def test_all_forms_of_an_image_cell(tmp_path):
+    red, blue = encoded("red"), encoded("blue", kind="JPEG")
+    folded = "\n".join(red[i:i + 60] for i in range(0, len(red), 60))
+    cells = [red, blue, folded, "data:image/png;base64," + red, str([red, blue]), f'["{red}",\n "{blue}"]',
+             "1", " 2 ", "['1', '2']", "[1, 2]", f"['5', '{blue}']", "[]", str(["data:image/png;base64," + red])]
+    found = images_of(tmp_path, cells)
+    assert ["".join("RGB"[image.getpixel((1, 1)).index(max(image.getpixel((1, 1))))] for image in images)
+            for images in found] == ["R", "B", "R", "R", "RB", "RB", "R", "B", "RB", "RB", "RBB", "", "R"]
+    assert all(image.mode == "RGB" and image.size == (40, 30) for images in found for image in images)
+
+
+@pytest.mark.parametrize("cell", ["", " ", "NA", "N/A", "None", "null", "NaN", "nan", "NULL", "[]"])
+def test_a_missing_image_is_known_after_the_first_pass(tmp_path, cell):
+    table = ev.read_tsv(write_tsv(tmp_path / "A.tsv", [["1", cell, "q"]]))
+    assert not table.rows["1"].has_image and ev.row_images(table, table.rows["1"], 10**6) == []
+
+
+def test_a_file_without_image_column_can_be_read(tmp_path):
+    table = ev.read_tsv(write_tsv(tmp_path / "A.tsv", [["1", "q"]], ("index", "question")))
+    assert not table.rows["1"].has_image and ev.row_images(table, table.rows["1"], 10**6) == []
+
+
+def test_references_to_nothing_or_in_a_circle_say_so(tmp_path):
+    found = images_of(tmp_path, ["2", "3", "1", "4", "99", "", "6", f"['{encoded()}', '']"])
+    assert "in a circle: 1 → 2 → 3 → 1" in found[0] and "in a circle: 4 → 4" in found[3]
+    assert "row '99', which does not exist" in found[4] and "row '6'" in found[6] and "row ''" in found[7]
+    assert found[5] == []
+
+
+def test_the_same_image_twice_is_no_circle(tmp_path):
+    assert [len(images) for images in images_of(tmp_path, [encoded(), "[1, 1]", "['2', '1']"])] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("cell, message", [
+    ("?" * 100, "no base64"), ("é" * 100, "no base64"), ("A" * 101, "no base64"), ("A" * 100, "cannot identify"),
+    (encoded(size=(300, 300), kind="PNG")[:800], "image file is truncated"), ("['A', ", "like a list"),
+    ("[" * 9999, "like a list"), ("[" + "-" * 99999 + "1]", "like a list"),
+    (encoded().replace("A", "A?", 1), "no base64"), ("[None]", "row 'None'"), ("[{[]: 1}]", "like a list"),
+], ids=range(11))
+def test_an_image_that_is_none_is_a_value_error_of_readable_length(tmp_path, cell, message):
+    error, = images_of(tmp_path, [cell])
+    assert isinstance(error, str) and message in error and len(error) < 200 and "BytesIO" not in error, error
+
+
+def test_max_pixels_holds_for_every_image_of_a_row(tmp_path):
+    cells = [encoded(size=(400, 300)), str([encoded(size=(50, 900)), encoded(size=(20, 20))])]
+    found = images_of(tmp_path, cells, 9000)
+    assert [image.size for images in found for image in images] == [(109, 82), (22, 402), (20, 20)]
+    assert all(image.width * image.height <= 9000 for images in found for image in images)
+
+
+def test_images_are_not_held_in_memory(tmp_path):
+    """25 images of 1 MB: a pass over the text and one over the images stay below 10 MB."""
+    file = tmp_path / "big.tsv"
+    with open(file, "w", newline="") as f:
+        f.write("index\timage\tquestion\n")
+        for i in range(25):
+            noise = io.BytesIO()
+            noise_image(580, 430, i).save(noise, "PNG", compress_level=0)
+            f.write(f"{i}\t{base64.b64encode(noise.getvalue()).decode()}\twhat is this?\n")
+    assert file.stat().st_size > 24e6
+    tracemalloc.start()
+    try:
+        table = ev.read_tsv(file)
+        reading, peak = tracemalloc.get_traced_memory()
+        for row in table.rows.values():
+            assert len(ev.row_images(table, row, 10**6)) == 1
+        images = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert reading < 1e6 and max(peak, images) < 10e6, (reading, peak, images)
+
+
+@has_real_rows
+@pytest.mark.parametrize("benchmark, count", [("mathvision_mini", 304), ("dynamath", 400)])
+def test_real_files_are_read_whole(benchmark, count):
+    file = REAL_ROWS / ev.BENCHMARKS[benchmark].file
+    table = ev.read_tsv(file, ev.BENCHMARKS[benchmark].columns)
+    assert len(table.rows) == count and not table.complaints
+    for row in list(table.rows.values())[::8]:
+        image, = ev.row_images(table, row, 400_000)
+        assert image.mode == "RGB" and image.width * image.height <= 400_000
+
+
+# ─── 11. eval.py: from response to score ──────────────────────────────────────────────────────────────────────────────
+
+def cases(benchmark):
+    return records(CASES / f"{benchmark}.jsonl")
+
+
+@functools.cache
+def agreement(benchmark):
+    """With the verdicts of a careful grader → number of cases, (answer, right answer, verdict) where we differ."""
+    judged = [case for case in cases(benchmark) if case["truth"] is not None]
+    scores = [ev.score(benchmark, case, case["prediction"]) for case in judged]
+    return len(judged), [(s.answer, case["answer"], case["truth"]) for s, case in zip(scores, judged)
+                         if s != case["truth"]]
+
+
+@functools.cache
+def lavin():
+    """All 2,374 MME responses of a real model → our figures, and the rows that its publishers scored otherwise."""
+    rows = cases("mme_lavin_full")
+    scores = [ev.score("mme", row, row["prediction"]) for row in rows]
+    return ev.summarize("mme", rows, scores), [row for row, s in zip(rows, scores) if s != row["official"]]
+
+
+@has_cases
+@pytest.mark.parametrize("benchmark", ev.PAPER)
+def test_scores_agree_with_those_of_a_careful_grader(benchmark):
+    n, differing = agreement(benchmark)
+    assert n > 80 and 1 - len(differing) / n >= 0.97, differing
+
+
+@has_cases
+def test_mme_totals_of_a_real_model_are_those_published():
+    summary, _ = lavin()
+    assert summary["perception"] == pytest.approx(963.61, abs=1)
+    assert summary["reasoning"] == pytest.approx(249.64, abs=1)
+    assert summary["perception + reasoning"] == pytest.approx(summary["perception"] + summary["reasoning"])
+
+
+@has_cases
+def test_the_agreement_is_shown(capsys):
+    lines = []
+    for benchmark in ev.PAPER:
+        n, differing = agreement(benchmark)
+        lines.append(f"  {benchmark:15} {n - len(differing):4} of {n:4} {100 - 100 * len(differing) / n:6.1f} %")
+    summary, differing = lavin()
+    lines.append(f"  MME of LaVIN, 2,374 responses: {summary['perception']:.2f} + {summary['reasoning']:.2f}, "
+                 f"published 963.61 + 249.64; {len(differing)} verdicts differ")
+    with capsys.disabled():
+        print("\n\nagreement of eval.py with the careful grader:", *lines, sep="\n")
+
+
+# -- rows, and what answers to them must score
+
+def verdict(benchmark, row, answer):
+    """True or False for a right or wrong answer at the end of a path; None when it states none."""
+    s = ev.score(benchmark, row, a_path(answer=answer))
+    assert s in (0.0, 1.0) and (s.answer is not None or s == 0)
+    return None if s.answer is None else s == 1.0
+
+
+NAN = float("nan")
+VISTA = {"question": "How many?", "answer": "14", "question_type": "free_form", "answer_type": "integer",
+         "precision": None, "choices": None, "answer_option": None}
+VISTA_FLOAT = VISTA | {"answer": "1.2", "answer_type": "float"}
+VISTA_CHOICE = VISTA | {"question_type": "multi_choice", "answer_type": "text", "choices": "['135°', '140°', '145°']",
+                        "answer": "145°", "answer_option": "C"}
+STAR = {"question": "Which?", "A": "The suitcase is on the book.", "B": "The suitcase is beneath the cat.",
+        "C": "Both.", "D": "Neither.", "answer": "B", "category": "math", "l2_category": "geometry"}
+VISION = {"question": "How long?", "answer": "5", "choices": "[]", "category": "algebra", "level": 2}
+VISION_CHOICE = VISION | {"answer": "A", "choices": "['5', '6', '7', '8', '1']"}
+CHART = {"question": "What is the value?", "answer": "14", "split": "test_human"}
+DYNA = {"question": "What is the period?", "answer": "2.0944", "answer_type": "float", "qid": 1, "varid": 1}
+DYNA_CHOICE = DYNA | {"question": "Is it even? choice: (A) odd (B) even (C) neither", "answer": "B",
+                      "answer_type": "multiple choice"}
+HALLUSION = {"index": "VD_figure_1_0_0_0", "category": "VD", "l2-category": "VD_figure", "question": "Are they equal?",
+             "answer": "No"}
+VERSE = {"question": "Find AB.", "question_for_eval": "Find AB.", "answer": r"5\sqrt{3}", "question_type": "free-form",
+         "problem_index": 1, "problem_version": "Text Lite"}
+VERSE_CHOICE = VERSE | {"question_type": "multi-choice", "answer": "D",
+                        "question_for_eval": "The angle is ()\nChoices:\nA:40°\nB:60°\nC:120°\nD:140°"}
+MME = {"question": "Is there a car? Please answer yes or no.", "answer": "No", "category": "existence",
+       "image_path": "existence/1.jpg"}
+UNSURE = ("not sure", "I cannot tell.", "Yes or No", "It depends on the angle", "Norway", "Yesterday")
+
+
+@pytest.mark.parametrize("benchmark, row, right, wrong", [
+    # letters
+    ("mmstar", STAR, ["B", "b", "(B)", "B.", "**B**", "(B) The suitcase is beneath the cat.", "Option B", r"\boxed{B}",
+                      "The suitcase is beneath the cat.", "the suitcase is beneath the cat"],
+     ["A", "C", "E", "A and B", "A, B", "AB", "B or C", "not B", "(B) The suitcase is on the book.", "the cat", ""]),
+    ("mathvista", VISTA_CHOICE, ["C", "145", "145°", "(C) 145°", "C. 145 degrees"],
+     ["A", "135", "D", "146", "(A) 145°", "C: 135°", ""]),
+    ("mathvision", VISION_CHOICE, ["A", "(A)", "5", "A: 5"], ["E", "B", "6", "1", "9", "A: 6"]),
+    ("dynamath", DYNA_CHOICE, ["B", "even", "(B) even"], ["A", "odd", "(A) even", "D", "B or C"]),
+    ("mathverse", VERSE_CHOICE, ["D", "140", "140°", "D:140°", "∠CED = 140°"], ["C", "40", "E", "C:140°"]),
+    # MathVista: rounded to the precision, 0 decimals for integers; 0 is an answer
+    ("mathvista", VISTA, ["14", "14.0", "14.3", "13.6", "14 cars", "fourteen", "x = 14"],
+     ["14.6", "15", "-14", "1", "4", ""]),
+    ("mathvista", VISTA | {"answer": "0"}, ["0", "0.0", "zero", "0.4"], ["1", "10", "", "none of them"]),
+    ("mathvista", VISTA | {"answer": 0}, ["0"], ["1", ""]),
+    ("mathvista", VISTA_FLOAT | {"precision": "1.0"}, ["1.2", "1.24", "1.16", "6/5"], ["1.26", "1.3", "1", "12"]),
+    *(("mathvista", VISTA_FLOAT | {"answer": "1.23", "precision": precision}, ["1.23", "1.234"], ["1.24", "1.2"])
+      for precision in (2, 2.0, "2", "2.0", NAN, None)),
+    ("mathvista", VISTA | {"answer": "[1, 2, 3]", "answer_type": "list"},
+     ["[1, 2, 3]", "1, 2, 3", "[1,2,3]", "1, 2 and 3"],
+     ["[1, 2]", "[1, 2, 4]", "[1, 2, 3, 4]", "6", "1", ""]),
+    # MathVista: without answer_option the answer's text tells which it is
+    *(("mathvista", VISTA_CHOICE | {"answer_option": absent}, ["C", "145°", "(C) 145°"], ["A", "135", "(A) 135°", "D"])
+      for absent in (None, NAN, "", "nan")),
+    # MMStar: what pandas made of a column with empty cells
+    *(("mmstar", STAR | {"A": 3.0, "B": 4.0, "C": absent, "D": absent}, ["B", "4", "4.0", "(B) 4"],
+       ["A", "C", "3", "nan", "None", "(A) 4"]) for absent in (None, NAN, "", "nan", "NaN", "None")),
+    ("mmstar", STAR | {"A": 3, "B": 4, "C": 5, "D": 6}, ["B", "4", "four"], ["A", "3", "5.5"]),
+    # Math-V: no letter is a number; tuples, fractions, LaTeX, π, roots, degrees
+    ("mathvision", VISION, ["5", "5.0", "5.0000005", "$5$", "10/2", r"\frac{10}{2}", "√25"],
+     ["A", "a", "B", "(A)", "E", "5.00001", "6", "15", "0.5", ""]),
+    ("mathvision", VISION | {"answer": "(3, 4)"}, ["(3, 4)", "(3,4)", r"\left(3, 4\right)", "(3, 8/2)"],
+     ["(4, 3)", "3", "(3, 4, 5)", "(3)", "34", "A"]),
+    ("mathvision", VISION | {"answer": r"\frac{1}{2}"}, ["1/2", "0.5", r"\frac12", r"\dfrac{1}{2}", ".5"],
+     ["0.51", "1", "2", "12", "A"]),
+    ("mathvision", VISION | {"answer": r"9\pi"}, ["9π", r"9 \pi", "28.274334", "9*π"], ["9", "28.27", "π", "A"]),
+    ("mathvision", VISION | {"answer": r"2\sqrt{3}"}, ["2√3", "3.4641016", r"\sqrt{12}"], ["3.46", "2", "√3"]),
+    ("mathvision", VISION | {"answer": r"60^\circ"}, ["60", "60°", "60 degrees"], ["61", "6", "0"]),
+    # ChartQA: 5 % of the right answer, not of the given one
+    ("chartqa", CHART, ["14", "14.7", "13.3", "14.0", "$14", "fourteen"], ["14.71", "13.29", "15", "140", "1", ""]),
+    ("chartqa", CHART | {"answer": "62"}, ["62", "65.1", "58.9"], ["65.2", "58.8", "6"]),
+    ("chartqa", CHART | {"answer": "100"}, ["95", "105"], ["105.2", "94.9"]),          # 5 / 95 > 0.05 > 5.2 / 105.2
+    ("chartqa", CHART | {"answer": 2010}, ["2010", "2014"], ["2200", "201"]),          # years are no exception
+    ("chartqa", CHART | {"answer": "0"}, ["0", "0.0"], ["0.01", "1"]),
+    ("chartqa", CHART | {"answer": "-8"}, ["-8", "−8.4", "-7.6"], ["8", "-8.5"]),
+    ("chartqa", CHART | {"answer": "1,234"}, ["1234", "1,234", "1290"], ["1.234", "1,300"]),
+    # ChartQA: % reads as /100 on both sides or on neither
+    ("chartqa", CHART | {"answer": "50%"}, ["50%", "50", "0.5", "52.5%", "52.5", "0.52", "50 percent"],
+     ["53%", "53", "0.53", "5", "0.5%"]),
+    ("chartqa", CHART | {"answer": "0.5"}, ["0.5", "50%", "0.52"], ["50", "0.5%", "5"]),
+    ("chartqa", CHART | {"answer": "50"}, ["50", "52"], ["50%", "0.5"]),
+    ("chartqa", CHART | {"answer": "50", "question": "What percent is it?"}, ["50", "50%", "52%"], ["0.5", "53%"]),
+    # ChartQA: texts and lists
+    ("chartqa", CHART | {"answer": "Lamb"}, ["lamb", "LAMB", "Lamb.", '"Lamb"'],
+     ["Corn", "Lamb chop", "Lam", "Lamb or Corn", ""]),
+    ("chartqa", CHART | {"answer": "Yes"}, ["yes", "Yes."], ["No", "Yesterday", ""]),
+    ("chartqa", CHART | {"answer": "[2014, 2016]"}, ["[2014, 2016]", "2014, 2016", "2014 and 2016"],
+     ["2014", "[2014]", "[2014, 2016, 2018]", "2014-2016", ""]),
+    ("chartqa", CHART | {"answer": "['Yes', 'No']"}, ["[Yes, No]", "yes, no"],
+     ["Yes", "[Yes, Yes]", "Yes, No, No", ""]),
+    ("chartqa", CHART | {"answer": "[red, red, blue]"}, ["[red, red, blue]"], ["[red, blue, blue]", "[red, blue]"]),
+    # DynaMath: within 0.001
+    ("dynamath", DYNA, ["2.0944", "2.095", "2.0935", "2π/3", r"\frac{2\pi}{3}"], ["2.0955", "2.093", "2.1", "2", ""]),
+    ("dynamath", DYNA | {"answer": "1", "answer_type": "single answer"}, ["1", "1.001", "0.999"],
+     ["1.0011", "11", "A"]),
+    ("dynamath", DYNA | {"answer": "3", "answer_type": "int"}, ["3", "three", "3.0"], ["3.1", "13"]),
+    ("dynamath", DYNA | {"answer": "x-axis", "answer_type": "text"}, ["x-axis", "X-axis.", "the x-axis"],
+     ["y-axis", "x", ""]),
+    # MathVerse: values, LaTeX, units
+    ("mathverse", VERSE, [r"5\sqrt{3}", "5√3", r"$5\sqrt3$", "5√3 cm", "AB = 5√3", "5√3 ≈ 8.66", "8.6602540"],
+     ["8.66", "5", "√3", "A", "D"]),
+    ("mathverse", VERSE | {"answer": "40°"}, ["40", "40°", r"40^\circ", "40 degrees"], ["140", "4", "50"]),
+    ("mathverse", VERSE | {"answer": "10 m"}, ["10", "10 m", "10 meters"], ["10 cm", "1", "100"]),
+    # yes and no, as a word, before any explanation
+    *((benchmark, row, ["No", "no.", "NO", "No, the bars differ", "No, as can be seen at a glance, yes means equal",
+                        "no because yes is on the left", "**No**"],
+       ["Yes", "yes, they are", "Yes, no bar is taller", *UNSURE, ""])
+      for benchmark, row in (("mme", MME), ("hallusionbench", HALLUSION))),
+    ("mme", MME | {"answer": "Yes"}, ["Yes", "yes, a car", "Yes."],
+     ["No", "No, a car is absent", "A", "a car", *UNSURE]),
+    ("mme", MME, ["No"], ["B", "(B)"]),                        # a letter is no answer here: there are no options
+    ("hallusionbench", HALLUSION, ["B", "(B)", "B: No", "(B) No"], ["A", "(A)", "A: Yes", "A: No", "B: Yes", "C"]),
+    ("hallusionbench", HALLUSION | {"answer": "Yes"}, ["A", "Yes", "A: Yes"], ["B", "No", "No, all bars are alike"]),
+])
+def test_a_score_worked_out_by_hand(benchmark, row, right, wrong):
+    assert [answer for answer in right if not verdict(benchmark, row, answer)] == []
+    assert [answer for answer in wrong if verdict(benchmark, row, answer)] == []
+
+
+@pytest.mark.parametrize("benchmark, row, answers", [
+    ("mme", MME, ["A", "B", "(B)", *UNSURE]), ("hallusionbench", HALLUSION, [*UNSURE, "A: No", "B: Yes"]),
+    ("mathvista", VISTA, ["I do not know", "cannot be determined"]),
+    ("chartqa", CHART, ["unclear", "between 3 and 20"]),
+    ("mmstar", STAR, ["I cannot determine the answer", "hard to say"]),
+    *((benchmark, row, ["", " ", "****", "$$", r"\boxed{}"]) for benchmark, row in (
+        ("mathvista", VISTA), ("mathvista", VISTA_CHOICE), ("mmstar", STAR), ("mathvision", VISION), ("chartqa", CHART),
+        ("chartqa", CHART | {"answer": "Lamb"}), ("dynamath", DYNA), ("hallusionbench", HALLUSION),
+        ("mathverse", VERSE), ("mme", MME))),
+])
+def test_what_states_no_answer_is_unparsed(benchmark, row, answers):
+    """'not sure' is no No; a letter is no answer where there are no options; a hedge is no number."""
+    assert [answer for answer in answers if verdict(benchmark, row, answer) is not None] == []
+
+
+@pytest.mark.parametrize("response, expected", [
+    ("14", True), ("The answer is 14.", True), (r"So we get \boxed{14}.", True), ("First 3.\n\nThe answer is 14", True),
+    ("### the FINAL answer is: 14", True), ("**The final answer is:** 14", True), ("The final answer is 14", True),
+    (a_path(answer="13") + "\n### The final answer is: 14", True),       # the last header counts
+    (a_path(answer="14") + "\n### The final answer is: 13", False),
+    (a_path(answer="14") + "\n### Note:\nor is it 13?", True),           # up to the next section
+    (a_path(answer="\n14\n"), True), (a_path(answer="It is 14, since 20 - 6 = 14."), True),
+    (a_path(steps=("x = 14",), answer="13"), False),                     # a right number in a step rescues nothing
+    (a_path(steps=("x = 14",), answer=""), None),
+    ("### Image Description:\nA.\n### Step 1:\nx = 14", None),           # cut off before its answer
+    ("", None), (" \n", None), ("The image shows 14 cars and 3 bikes, 17 in all.", None),
+])
+def test_where_the_answer_of_a_response_stands(response, expected):
+    s = ev.score("mathvista", VISTA, response)
+    assert (None if s.answer is None else s == 1) == expected
+
+
+def test_the_answer_scored_is_told():
+    s = ev.score("chartqa", CHART, a_path(answer="**14.7**"))
+    assert s == 1 and isinstance(s, float) and s.answer == "14.7" and json.dumps(s) == "1.0"
+    assert ev.score("mmstar", STAR, a_path(answer="A and B")).answer == "A, B"
+    assert ev.score("mme", MME, a_path(answer="no, none")).answer == "No"
+
+
+@pytest.mark.parametrize("benchmark, row, message", [
+    ("mathvista", VISTA | {"answer": None}, "answer is missing"),
+    ("chartqa", CHART | {"answer": NAN}, "answer is missing"),
+    ("mme", MME | {"answer": ""}, "answer is missing"), ("chartqa", {"question": "?"}, "answer is missing"),
+    ("mme", MME | {"answer": "Maybe"}, "neither Yes nor No"),
+    ("hallusionbench", HALLUSION | {"answer": "1"}, "neither Yes nor No"),
+    ("mathvista", VISTA_CHOICE | {"choices": "['1', "}, "SyntaxError"),
+    ("mathvista", VISTA_CHOICE | {"answer": "150°", "answer_option": None}, "none of the options"),
+    ("mathvision", VISION_CHOICE | {"answer": "9"}, "none of the options"),
+])
+def test_a_malformed_row_is_an_error_and_no_wrong_answer(benchmark, row, message):
+    with pytest.raises(ValueError, match=message):
+        ev.score(benchmark, row, a_path())
+
+
+# -- hostile responses
+
+CODE = "__import__('os').system('touch hacked')"
+HOSTILE_RESPONSES = {
+    "powers": "9**9**9", "tower": "9^9^9^9^9", "digits": "9" * 100_000, "braces": "{" * 10_000,
+    "parentheses": "(" * 10_000, "nested": "((((1" * 10_000 + "))))" * 10_000, "frac": r"\frac{" * 3000,
+    "sqrt": r"\sqrt{" * 5000, "√": "√" * 50_000, "boxed": r"\boxed{" * 20_000, "text": r"\text{" * 20_000,
+    "left": r"\left(" * 20_000, "or": "A or " * 30_000, "list": "1," * 50_000, "statements": "answer is " * 20_000,
+    "yes no": "yes no " * 30_000, "letters": "A" * 100_000, "[A": "[A" * 50_000, "blanks": " " * 200_000,
+    "lines": "\n" * 200_000, "numbers": "1 " * 50_000, "minus": "-" * 50_000, "stars": "**" * 50_000,
+    "2^": "2^" * 30_000, "1e": "1e" * 40_000, "1/": "1/" * 50_000, "0.": "0." * 50_000, "json": '"answer": ' * 20_000,
+    "Chinese": "答案是" * 40_000, "x=": "x=" * 50_000, "u2028": "\u2028" * 100_000, "is": "is " * 60_000,
+    "marks": "### " * 50_000, "steps": "### Step 1:\n" * 20_000, "so": "so " * 60_000,
+    "headers": "The final answer is: " * 10_000, "sentences": ". " * 80_000, "words": "twenty " * 30_000,
+    "quotes": '"' * 100_000, "negations": "is not " * 30_000, "backslashes": "\\" * 100_000, "dollars": "$" * 100_000,
+    "code": CODE,
+}
+HOSTILE_ROWS = [("mathvista", VISTA), ("mathvista", VISTA_CHOICE), ("mmstar", STAR),
+                ("mathvision", VISION | {"answer": "(3, 4)"}), ("chartqa", CHART | {"answer": "[2014, 2016]"}),
+                ("dynamath", DYNA | {"answer": "x-axis"}), ("hallusionbench", HALLUSION), ("mathverse", VERSE),
+                ("mme", MME)]
+
+
+def slowest_score(text):
+    return max((best_of(lambda: ev.score(benchmark, row, text), 2), benchmark) for benchmark, row in HOSTILE_ROWS)
+
+
+@pytest.mark.parametrize("name", HOSTILE_RESPONSES)
+def test_a_hostile_response_is_scored_in_time(name):
+    text = HOSTILE_RESPONSES[name]
+    assert max(slowest_score(text), slowest_score("### The final answer is: " + text)) < (BUDGET_S,)
+
+
+def test_hostile_responses_are_scored_in_time_in_another_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(map(slowest_score, HOSTILE_RESPONSES.values())), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert len(found) == len(HOSTILE_RESPONSES) and max(found) < (BUDGET_S,)
+
+
+def test_no_response_and_no_cell_of_a_row_is_run_as_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for benchmark, row in HOSTILE_ROWS:
+        for answer in (CODE, f"[{CODE}, 1]", f"$${CODE}$$", "9**9**9"):
+            assert not verdict(benchmark, row, answer)
+        for column in row:
+            with contextlib.suppress(ValueError):              # no right answer, no choices: a malformed row
+                ev.score(benchmark, row | {column: CODE}, a_path(answer=CODE))
+                ev.build_prompt(benchmark, row | {column: CODE})
+    assert verdict("chartqa", CHART | {"answer": CODE}, CODE)  # it is a text
+    assert not names_in(tmp_path)
+
+
+def test_no_text_is_ever_given_to_the_interpreter():
+    for file in PROJECT_FILES:
+        called = {node.func.id for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+                  if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        assert not called & {"eval", "exec", "compile"}, file
+
+
+# -- prompts
+
+TEMPLATE = """Generate an image description based on the question.
+Then, provide a rationale to analyze the question.
+Next, generate a step-by-step reasoning process to solve the problem. Ensure the steps are logical and concise.
+Finally, provide a concise summary of the final answer in the following format: 'The final answer is: xxx.
+
+Format your response with the following sections, separated by ###:
+### Image Description:
+### Rationales:
+### Let's think step by step.
+### Step 1:
+### Step 2:
+...
+### The final answer is: \n\n"""
+
+
+HINTED = "Hint: Answer with the letter.\nQuestion: How many?\nChoices:\n(A) 1\n(B) 2"
+
+
+@pytest.mark.parametrize("benchmark, row, plain, asked", [
+    *((benchmark, row, row["question"], "Question: " + row["question"]) for benchmark, row in (
+        ("mathvista", VISTA), ("mathvision", VISION), ("chartqa", CHART), ("dynamath", DYNA_CHOICE),
+        ("mathverse", VERSE_CHOICE), ("mme", MME))),
+    ("mathvision_mini", VISION, "How long?", "Question: How long?"),
+    # hint and choices are in these questions already, and so is the prefix
+    *((benchmark, {"question": HINTED}, HINTED, HINTED) for benchmark in ("mathvista", "mathvision", "mathverse")),
+    ("chartqa", {"question": r"Is {question} or {} or %s \frac{1}{2}?"}, r"Is {question} or {} or %s \frac{1}{2}?",
+     r"Question: Is {question} or {} or %s \frac{1}{2}?"),
+    ("chartqa", {"question": "Question:none"}, "Question:none", "Question: Question:none"),
+    *(("mmstar", row, text, text) for row, text in (
+        (STAR, "Question: Which?\nChoices:\nA: The suitcase is on the book.\nB: The suitcase is beneath the cat.\n"
+               "C: Both.\nD: Neither.\nPlease select the correct answer from the choices above."),
+        (STAR | {"A": 3.0, "B": 4, "C": NAN, "D": "", "hint": "Look up."},
+         "Hint: Look up.\nQuestion: Which?\nChoices:\nA: 3.0\nB: 4\n"
+         "Please select the correct answer from the choices above."),
+        (STAR | {"C": None, "D": "nan", "hint": NAN},
+         "Question: Which?\nChoices:\nA: The suitcase is on the book.\nB: The suitcase is beneath the cat.\n"
+         "Please select the correct answer from the choices above."))),
+    ("hallusionbench", HALLUSION, "Are they equal?\nChoices:\nA: Yes\nB: No",
+     "Question: Are they equal?\nChoices:\nA: Yes\nB: No"),
+])
+def test_the_prompt_is_the_one_of_r1_vls_evaluation(benchmark, row, plain, asked):
+    assert ev.build_prompt(benchmark, row, plain=True) == plain
+    assert ev.build_prompt(benchmark, row) == TEMPLATE + asked
+
+
+# ─── 12. eval.py: figures ─────────────────────────────────────────────────────────────────────────────────────────────
+
+def mme_rows(answers):
+    """'category image': scores → rows and scores."""
+    rows = [({"index": str(n), "category": place.split()[0], "image_path": place, "question": "?", "answer": "Yes"}, s)
+            for n, (place, s) in enumerate((place, s) for place, scores in answers.items() for s in scores)]
+    return [row for row, _ in rows], [s for _, s in rows]
+
+
+def test_mme_worked_out_by_hand():
+    rows, scores = mme_rows({"existence a": (1, 1), "existence b": (1, 0), "OCR a": (1, 1), "OCR b": (1, 1),
+                             "code_reasoning a": (0, 0), "numerical_calculation a": (0, 1)})
+    # existence: acc 3/4 = 75, acc+ 1 of 2 images = 50, together 125; OCR 100 + 100; code 0; numerical 50 + 0.
+    summary = ev.summarize("mme", rows, scores)
+    assert list(summary.items())[0] == ("perception + reasoning", 375)
+    assert {name: summary[name] for name in (
+        "perception", "reasoning", "existence", "existence acc", "existence acc+", "OCR", "code_reasoning",
+        "numerical_calculation", "numerical_calculation acc", "numerical_calculation acc+", "unparsed")} == {
+        "perception": 325, "reasoning": 50, "existence": 125, "existence acc": 75, "existence acc+": 50, "OCR": 200,
+        "code_reasoning": 0, "numerical_calculation": 50, "numerical_calculation acc": 50,
+        "numerical_calculation acc+": 0, "unparsed": 0}
+
+
+def hallusion_rows(scores):
+    """'l2-category set figure question': score → rows and scores."""
+    rows = []
+    for place in scores:
+        kind, *numbers = place.split()
+        rows.append(HALLUSION | {"index": "_".join([kind, "1", *numbers]), "l2-category": kind, "category": kind[:2]})
+    return rows, list(scores.values())
+
+
+def test_hallusionbench_worked_out_by_hand():
+    # Two figures of one set × two questions. Figure 0 has both right, figure 1 only question 0:
+    #              question 0   question 1
+    #   figure 0       1            1        → figure right          aAcc = 3/4, fAcc = 1/2 (figure 0),
+    #   figure 1       1            0        → figure wrong          qAcc = 1/2 (question 0)
+    rows, scores = hallusion_rows({"VD_figure 0 0 0": 1, "VD_figure 0 0 1": 1,
+                                   "VD_figure 0 1 0": 1, "VD_figure 0 1 1": 0})
+    summary = ev.summarize("hallusionbench", rows, scores)
+    assert list(summary.items())[:4] == [("mean of aAcc, fAcc, qAcc", pytest.approx(175 / 3)),
+                                         ("aAcc", 75), ("fAcc", 50), ("qAcc", 50)]
+    # The same figure and question numbers in another set, and in another category, are others.
+    rows, scores = hallusion_rows({"VD_figure 0 0 0": 1, "VD_figure 1 0 0": 0,
+                                   "VD_chart 0 0 0": 1, "VS_chart 0 0 0": 0})
+    summary = ev.summarize("hallusionbench", rows, scores)
+    assert (summary["aAcc"], summary["fAcc"], summary["qAcc"]) == (50, 50, 50)
+    assert (summary["category VD"], summary["category VS"]) == (pytest.approx(200 / 3), 0)
+
+
+def test_dynamath_worked_out_by_hand():
+    rows = [DYNA | {"index": str(n), "qid": n // 10, "varid": n % 10 + 1, "knowledge_level": "high school",
+                    "subject": "arithmetic" if n < 20 else "algebra"} for n in range(30)]
+    # Question 0 has all ten variants right, question 1 nine, question 2 none: average 19/30, worst case 1/3.
+    scores = [1] * 10 + [0] + [1] * 9 + [0] * 10
+    summary = ev.summarize("dynamath", rows, scores)
+    assert list(summary)[:2] == ["average", "worst case"]
+    assert summary["average"] == pytest.approx(1900 / 30) and summary["worst case"] == pytest.approx(100 / 3)
+    assert summary["subject arithmetic"] == 95 and summary["subject algebra"] == 0
+
+
+@pytest.mark.parametrize("benchmark, row, splits", [
+    ("mathvista", VISTA, {"question_type": ["free_form", "multi_choice"], "answer_type": ["integer", "text"],
+                          "task": ["chart", "figure"]}),
+    ("mmstar", STAR, {"category": ["math", "logic"], "l2_category": ["a", "b"]}),
+    ("mathvision", VISION, {"category": ["algebra", "counting"], "level": [1, 5]}),
+    ("mathvision_mini", VISION, {"category": ["algebra", "counting"], "level": [1, 5]}),
+    ("chartqa", CHART, {"split": ["test_human", "test_augmented"]}),
+    ("mathverse", VERSE, {"problem_version": ["Text Lite", "Vision Only"],
+                          "question_type": ["free-form", "multi-choice"]}),
+])
+def test_accuracy_comes_first_and_its_parts_by_split_follow(benchmark, row, splits):
+    """Three right of four in the first half, one right of two in the second: 4/6, 3/4, 1/2."""
+    rows = [row | {"index": str(n)} | {name: values[n >= 4] for name, values in splits.items()} for n in range(6)]
+    summary = ev.summarize(benchmark, rows, [1, 1, 1, 0, 1, 0])
+    assert list(summary)[0] == "accuracy" and summary["accuracy"] == pytest.approx(400 / 6)
+    for name, (first, second) in splits.items():
+        assert summary[f"{name} {first}"] == 75 and summary[f"{name} {second}"] == 50
+
+
+def test_unparsed_responses_are_counted_and_wrong():
+    rows = [CHART | {"index": str(n)} for n in range(5)]
+    scores = [ev.score("chartqa", CHART, text)
+              for text in ("14", a_path(answer="15"), "", "hard to say", a_path(answer="14"))]
+    assert ev.summarize("chartqa", rows, scores) == {"accuracy": 40, "split test_human": 40, "unparsed": 2}
+
+
+# Naive versions of the figures: one row after the other.
+
+def naive_accuracy(rows, scores):
+    return {"accuracy": 100 * sum(scores) / len(scores)}
+
+
+def naive_mme(rows, scores):
+    totals = Counter()
+    for category in {row["category"] for row in rows}:
+        inside = [(row["image_path"], s) for row, s in zip(rows, scores) if row["category"] == category]
+        images = {image for image, _ in inside}
+        both = [image for image in images if all(s == 1 for other, s in inside if other == image)]
+        part = "reasoning" if category in ("code_reasoning", "commonsense_reasoning", "numerical_calculation",
+                                           "text_translation") else "perception"
+        totals[part] += 100 * sum(s for _, s in inside) / len(inside) + 100 * len(both) / len(images)
+    return {"perception + reasoning": totals["perception"] + totals["reasoning"], **totals}
+
+
+def naive_hallusionbench(rows, scores):
+    def all_right(*places):
+        units = {}
+        for row, s in zip(rows, scores):
+            numbers = row["index"].split("_")[-3:]
+            units.setdefault((row["l2-category"], *(numbers[place] for place in places)), []).append(s)
+        return 100 * sum(min(unit) for unit in units.values()) / len(units)
+    parts = {"aAcc": 100 * sum(scores) / len(scores), "fAcc": all_right(0, 1), "qAcc": all_right(0, 2)}
+    return {"mean of aAcc, fAcc, qAcc": sum(parts.values()) / 3, **parts}
+
+
+def naive_dynamath(rows, scores):
+    qids = {row["qid"] for row in rows}
+    worst = [min(s for row, s in zip(rows, scores) if row["qid"] == qid) for qid in qids]
+    return {"average": 100 * sum(scores) / len(scores), "worst case": 100 * sum(worst) / len(worst)}
+
+
+MME_CATEGORIES = ("existence count position color posters celebrity scene landmark artwork OCR code_reasoning "
+                  "commonsense_reasoning numerical_calculation text_translation").split()
+RANDOM_ROWS = {
+    "mme": [MME | {"index": str(n), "category": MME_CATEGORIES[n % 14], "image_path": f"{n % 42}.png"}
+            for n in range(84)],
+    "hallusionbench": [HALLUSION | {"index": f"{kind}_1_{s}_{f}_{q}", "l2-category": kind}
+                       for kind in ("VD_figure", "VS_chart") for s in range(4) for f in range(3) for q in range(3)],
+    "dynamath": [DYNA | {"index": str(n), "qid": n // 3, "varid": n % 3} for n in range(60)],
+    "mathverse": [VERSE | {"index": str(n), "problem_index": n // 5} for n in range(200)],
+    "chartqa": [CHART | {"index": str(n)} for n in range(50)],
+}
+# the same name in two other categories: two more images
+RANDOM_ROWS["mme"] += [row | {"index": f"b{n}", "image_path": "0.png"} for n, row in enumerate(RANDOM_ROWS["mme"][1:3])]
+NAIVE = {"mme": naive_mme, "hallusionbench": naive_hallusionbench, "dynamath": naive_dynamath}
+
+
+@pytest.mark.parametrize("benchmark", RANDOM_ROWS)
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_equal_a_naive_count(benchmark, seed):
+    rng = random.Random(seed)
+    rows = rng.sample(RANDOM_ROWS[benchmark], len(RANDOM_ROWS[benchmark]))      # in any order
+    scores = [float(rng.random() < 0.7) for _ in rows]
+    naive = NAIVE.get(benchmark, naive_accuracy)(rows, scores)
+    summary = ev.summarize(benchmark, rows, scores)
+    assert next(iter(summary)) == next(iter(naive))
+    assert {name: summary[name] for name in naive} == pytest.approx(naive)
+
+
+# -- intervals
+
+def naive_interval(clusters, resamples, rng):
+    """95 % bootstrap interval of the accuracy: lists of scores that are drawn together."""
+    means = []
+    for _ in range(resamples):
+        drawn = [s for cluster in rng.choices(clusters, k=len(clusters)) for s in cluster]
+        means.append(100 * sum(drawn) / len(drawn))
+    means.sort()
+    return means[int(0.025 * resamples)], means[int(0.975 * resamples)]
+
+
+@pytest.mark.parametrize("benchmark, column", [
+    ("chartqa", "index"), ("mathverse", "problem_index"), ("dynamath", "qid")])
+def test_intervals_equal_a_naive_bootstrap_over_clusters(benchmark, column):
+    rng, clusters, scores = random.Random(0), {}, []
+    rows = RANDOM_ROWS[benchmark]
+    for row in rows:                                           # the rows of a cluster are alike
+        cluster = clusters.setdefault(row[column], [])
+        scores.append(cluster[0] if cluster and rng.random() < 0.8 else float(rng.random() < 0.6))
+        cluster.append(scores[-1])
+    naive = naive_interval(list(clusters.values()), 3000, rng)
+    name = "average" if benchmark == "dynamath" else "accuracy"
+    low, high = ev.intervals(benchmark, rows, scores, resamples=3000)[name]
+    step = 100 / len(clusters)                                 # between neighbouring means of the draws
+    assert low == pytest.approx(naive[0], abs=step) and high == pytest.approx(naive[1], abs=step)
+    assert high - low == pytest.approx(naive[1] - naive[0], abs=step)
+    assert low < ev.summarize(benchmark, rows, scores)[name] < high
+
+
+def test_ten_identical_variants_count_as_one_row_in_an_interval():
+    """As if independent, they would make the interval √10 times too narrow."""
+    rng = random.Random(1)
+    outcomes = [float(rng.random() < 0.5) for _ in range(60)]
+    once = ev.intervals("chartqa", [CHART | {"index": str(n)} for n in range(60)], outcomes)["accuracy"]
+    rows = [DYNA | {"index": f"{qid} {varid}", "qid": qid, "varid": varid} for qid in range(60) for varid in range(10)]
+    tenfold = ev.intervals("dynamath", rows, [s for s in outcomes for _ in range(10)])
+    assert tenfold["average"] == pytest.approx(once) and tenfold["worst case"] == pytest.approx(once)
+    independent = ev.intervals("chartqa", [CHART | {"index": str(n)} for n in range(600)], outcomes * 10)["accuracy"]
+    widths = [high - low for low, high in (tenfold["average"], independent)]
+    assert widths[0] / widths[1] == pytest.approx(10 ** .5, rel=0.15)
+
+
+def test_questions_on_one_image_are_drawn_together():
+    """So acc and acc+ never disagree about what was drawn: with both questions right or both wrong they are equal."""
+    rows, scores = mme_rows({f"OCR {n}": (n % 3 > 0,) * 2 for n in range(30)})
+    found = ev.intervals("mme", rows, scores)
+    assert found["OCR acc"] == found["OCR acc+"] and found["OCR acc"][0] < 200 / 3 < found["OCR acc"][1]
+    assert found["perception + reasoning"] == pytest.approx([2 * bound for bound in found["OCR acc"]])
+
+
+def test_intervals_are_reproducible_and_certain_figures_have_no_width():
+    rows, scores = RANDOM_ROWS["mathverse"], [float(n // 5 % 3 * n % 7 > 1) for n in range(200)]
+    first = ev.intervals("mathverse", rows, scores)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert ev.intervals("mathverse", rows, scores) == first and torch.equal(torch.get_rng_state(), state)
+    assert ev.intervals("mathverse", rows, scores, seed=1) != first
+    assert ev.intervals("mathverse", rows, [1.0] * 200)["accuracy"] == (100, 100)
+    assert ev.intervals("mathverse", rows[:1], [0.0])["accuracy"] == (0, 0)
+    for benchmark, rows in RANDOM_ROWS.items():                # every figure has one, but the count
+        scores = [float(n % 3 > 0) for n in range(len(rows))]
+        summary = ev.summarize(benchmark, rows, scores)
+        for name, (low, high) in ev.intervals(benchmark, rows, scores).items():
+            assert low <= summary[name] <= high, (benchmark, name)
+
+
+# -- the paper's table
+
+def test_the_average_is_the_papers_truncated_to_one_decimal_with_mme_over_28():
+    found = {name: ev.average(dict(zip(ev.PAPER, numbers))) for name, numbers in ev.PUBLISHED.items()}
+    assert found == {"Qwen2-VL-2B": 41.2, "Qwen2-VL-2B-GRPO": 41.4, "R1-VL-2B": 45.8, "Qwen2-VL-7B": 53.3,
+                     "Qwen2-VL-7B-GRPO": 51.4, "R1-VL-7B": 57.1}
+    full = dict(zip(ev.PAPER, ev.PUBLISHED["R1-VL-7B"]))
+    assert ev.average({**full, "mathvision_mini": 99}) == 57.1
+    for name in ev.PAPER:
+        assert ev.average({other: value for other, value in full.items() if other != name}) is None
+    assert ev.average(dict.fromkeys(ev.PAPER, 60) | {"mme": 60 * 28}) == 60         # no 59.9 by rounding
+    assert ev.average(dict.fromkeys(ev.PAPER, 0)) == 0
+
+
+@needs("METHOD.md")
+def test_the_published_rows_are_those_of_the_paper():
+    lines = (SHARED / "METHOD.md").read_text(encoding="utf-8").split("## 8.")[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("| ")]
+    published = {name: tuple(map(float, numbers)) for name, *numbers in cells if len(numbers) == 8 and numbers[0]}
+    assert published == ev.PUBLISHED
+    assert re.findall(r"MathVista.*MME", lines[0])[0].split() == [ev.BENCHMARKS[name].title for name in ev.PAPER]
+
+
+@needs("BENCHMARKS.md")
+def test_files_sums_and_addresses_are_the_published_ones():
+    text = (SHARED / "BENCHMARKS.md").read_text(encoding="utf-8")
+    for name, b in ev.BENCHMARKS.items():
+        assert b.file in text and b.md5 in text and b.url in text, name
+    for line in text.split("columns needed")[1].split("\n\n")[0].splitlines():
+        name, *rest = [cell.strip() for cell in line.strip("| ").split("|")]
+        if name in ev.BENCHMARKS:                              # each column that must be there is published
+            for column in ev.BENCHMARKS[name].columns:
+                assert re.search(rf"\b{column}\b|A–D", " ".join(rest)), (name, column)
+
+
+def a_result(headline, **more):
+    return {"headline": headline, "interval": (headline - 1, headline + 2), "rows": 8, "unparsed": 2} | more
+
+
+def test_the_table_shows_what_was_measured_beside_the_paper():
+    results = {name: a_result(2000.4 if name == "mme" else 50.04) for name in ev.PAPER}
+    rows = ev.table_rows(results, "mine")
+    assert {len(row) for row in rows} == {10} and rows[0][-1] == "Average" and rows[0][1] == "MathVista"
+    assert rows[6] == ["R1-VL-7B (paper)", "63.5", "60.0", "24.7", "83.9", "45.2", "54.7", "40.0", "2376", "57.1"]
+    shown = {row[0].strip(): row[1:] for row in rows}
+    assert shown["mine"] == ["50.0"] * 7 + ["2000", "52.7"]    # (7 · 50.04 + 2000.4 / 28) / 8 = 52.72
+    assert shown["95 % interval, from"][:8] == ["49.0"] * 7 + ["1999"] and shown["to"][:8] == ["52.0"] * 7 + ["2002"]
+    assert shown["rows"][:8] == ["8"] * 8 and shown["unparsed, %"][:8] == ["25.0"] * 8
+    assert not any("judge" in row[0] for row in rows)
+    some = {"mme": a_result(7), "mathvision_mini": a_result(9)}
+    some = {row[0].strip(): row[1:] for row in ev.table_rows(some, "mine")}
+    assert some["mine"] == ["–"] * 7 + ["7", "9.0", "–"] and some["R1-VL-7B (paper)"][-2:] == ["–", "57.1"]
+    lines = ev.as_text(rows).splitlines()
+    assert len(lines) == len(rows) and len({len(line.rstrip()) for line in lines[:8]}) == 1 and len(lines[0]) <= 120
+    markdown = ev.as_markdown(rows).splitlines()
+    assert len(markdown) == len(rows) + 1 and {line.count("|") for line in markdown} == {11}
+
+
+def test_an_average_of_zero_is_shown():
+    rows = ev.table_rows({name: a_result(0) for name in ev.PAPER}, "mine")
+    assert next(row for row in rows if row[0] == "mine")[-1] == "0.0"
+
+
+# ─── 13. eval.py: a whole run ─────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture(scope="module")
+def random_tiny(tmp_path_factory):
+    """The folder of a checkpoint of random weights."""
+    folder = tmp_path_factory.mktemp("models") / "random-tiny"
+    sg.build_tiny(folder, [a_path()] * 4, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def miniatures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    bench.make_bench(folder, 0)
+    return folder
+
+
+def run_eval(*flags):
+    """eval.py as from the command line → its exit: 0, 130, or the line it stops with."""
+    try:
+        ev.main([str(flag) for flag in flags])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def evaluated(random_tiny, miniatures, tmp_path_factory):
+    """The folder of an evaluation of all eight miniatures that nothing disturbed."""
+    out = tmp_path_factory.mktemp("evaluated") / "eval"
+    assert run_eval("--model", random_tiny, "--data", miniatures, "--out", out, "--device", "cpu",
+                    "--max-new-tokens", 4) == 0
+    return out
+
+
+@pytest.fixture
+def ask(random_tiny, miniatures, tmp_path):
+    """ask('mme', '--limit', 3): evaluates the random model into tmp_path / out; a flag given again wins."""
+    def ask(benchmarks, *flags):
+        return run_eval("--model", random_tiny, "--data", miniatures, "--out", tmp_path / "out", "--device", "cpu",
+                        "--max-new-tokens", 4, "--benchmarks", benchmarks, *flags)
+    return ask
+
+
+@contextlib.contextmanager
+def counted(stop_before=None):
+    """Counts how many questions the model gets, batch by batch; Ctrl-C instead of batch number `stop_before`."""
+    batches, rollout = [], sg.rollout
+
+    def spy(model, processor, prompts, *args, **more):
+        if len(batches) == stop_before:
+            raise KeyboardInterrupt
+        batches.append(len(prompts))
+        return rollout(model, processor, prompts, *args, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sg, "rollout", spy)
+        yield batches
+
+
+@contextlib.contextmanager
+def at_batch(number, act):
+    """Calls act() instead of sampling this batch, the first being 0."""
+    rollout, seen = sg.rollout, itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sg, "rollout", lambda *args, **more: act() if next(seen) == number else rollout(*args, **more))
+        yield
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Makes loading a model an error."""
+    def refuse(*args):
+        raise AssertionError("a model is loaded")
+    monkeypatch.setattr(sg, "load_model", refuse)
+
+
+def scores_of(out):
+    return json.loads((Path(out) / "scores.json").read_text())["benchmarks"]
+
+
+def table_of(folder, benchmark):
+    return ev.read_tsv(Path(folder) / ev.BENCHMARKS[benchmark].file)
+
+
+def cells_of(folder, benchmark):
+    """The rows of a benchmark that have an image."""
+    return [row.cells for row in table_of(folder, benchmark).rows.values() if row.has_image]
+
+
+def change_rows(source, target, change):
+    """Copies a TSV file; change(number of the line, cells) edits the cells of each row."""
+    table = ev.read_tsv(source)
+    with open(source, encoding="utf-8", newline="") as f:
+        header, *rows = csv.reader(f, "excel-tab")
+    assert header == table.header
+    for line, row in enumerate(rows, 2):
+        change(line, row)
+    return write_tsv(target, rows, header, end="\n")
+
+
+def write_lines(file, made):
+    file.write_text("".join(json.dumps(record) + "\n" for record in made), encoding="utf-8")
+    return file
+
+
+def answers_to(rows, wrong_every=3):
+    """[(id, response)]: right paths, but every third (the first, the fourth …) without an answer."""
+    return [(row["index"], a_path(answer=row["answer"] if n % wrong_every else "")) for n, row in enumerate(rows)]
+
+
+def test_a_whole_run_writes_every_response_the_table_and_all_figures(evaluated, miniatures, random_tiny):
+    found = scores_of(evaluated)
+    assert list(found) == list(ev.PAPER)
+    for name in ev.PAPER:
+        rows, made, b = cells_of(miniatures, name), records(evaluated / f"{name}.jsonl"), ev.BENCHMARKS[name]
+        assert [r["id"] for r in made] == [row["index"] for row in rows]
+        scores = [ev.score(name, row, r["response"]) for row, r in zip(rows, made)]
+        assert [(r["prompt"], r["answer"], r["score"]) for r in made] == [
+            (ev.build_prompt(name, row), s.answer, s) for row, s in zip(rows, scores)]
+        summary, spread = ev.summarize(name, rows, scores), ev.intervals(name, rows, scores)
+        headline = next(iter(summary))
+        assert found[name]["headline"] == summary[headline] and found[name]["interval"] == list(spread[headline])
+        assert {figure: f["value"] for figure, f in found[name]["figures"].items()} == summary
+        assert (found[name]["rows"], found[name]["unparsed"]) == (len(rows), summary["unparsed"])
+        assert found[name]["file"] == str(miniatures / b.file)
+        assert found[name]["md5"] == hashlib.md5((miniatures / b.file).read_bytes()).hexdigest()
+    assert json.loads((evaluated / "scores.json").read_text())["average"] == 0
+    assert json.loads((evaluated / "scores.json").read_text())["model"] == str(random_tiny)
+    table = (evaluated / "table.md").read_text(encoding="utf-8")
+    assert "| R1-VL-7B (paper) | 63.5 |" in table and f"| {random_tiny} | 0.0 |" in table
+    assert not list(evaluated.glob("*.new"))
+
+
+def test_rows_without_an_image_are_left_out_and_counted(evaluated, miniatures):
+    assert {name: r["without image"] for name, r in scores_of(evaluated).items()} == dict.fromkeys(ev.PAPER, 0) | {
+        "hallusionbench": 2}
+    assert "hallusionbench: 2 rows without image left out" in (evaluated / "table.md").read_text(encoding="utf-8")
+    assert len(table_of(miniatures, "hallusionbench").rows) == 2 + len(records(evaluated / "hallusionbench.jsonl"))
+
+
+def test_each_response_is_the_greedy_one_to_its_own_images_and_prompt(evaluated, miniatures, random_tiny):
+    """Naive: one row at a time, the images decoded here."""
+    model, processor = sg.load_model(random_tiny, torch.device("cpu"), torch.float32, 10**6)
+    for name in ("mathvision", "hallusionbench"):              # lists of images, and references to other rows
+        table = table_of(miniatures, name)
+        with open(table.file, encoding="utf-8", newline="") as f:
+            images = {row["index"]: row["image"] for row in csv.DictReader(f, delimiter="\t")}
+        for r in records(evaluated / f"{name}.jsonl"):
+            cell = images[r["id"]]
+            cell = images.get(cell, cell)
+            texts = ast.literal_eval(cell) if cell.startswith("[") else [cell]
+            shown = [Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB") for text in texts]
+            prompt = processor.prompt(ev.build_prompt(name, table.rows[r["id"]].cells), shown)
+            assert sg.rollout(model, processor, [prompt], 1, 4, temperature=0).texts == [[r["response"]]]
+
+
+@pytest.mark.parametrize("size", [1, 7, 99])
+def test_batch_size_does_not_change_the_responses(size, ask, evaluated, tmp_path):
+    with counted() as batches:
+        assert ask("mathvision,chartqa", "--batch-size", size) == 0
+    assert max(batches) == min(size, 16) and sum(batches) == 32
+    for name in ("mathvision", "chartqa"):
+        assert (tmp_path / "out" / f"{name}.jsonl").read_bytes() == (evaluated / f"{name}.jsonl").read_bytes()
+
+
+# -- stop, go on, and what must not be mixed
+
+def test_a_stopped_run_goes_on_and_never_asks_twice(ask, evaluated, tmp_path, capsys):
+    out = tmp_path / "out"
+    with counted(stop_before=2) as batches:
+        assert ask("mme", "--batch-size", 5) == 130
+    assert batches == [5, 5] and "the same command goes on" in capsys.readouterr().out
+    assert len(records(out / "mme.jsonl")) == 10               # written as they came
+    with counted() as batches:
+        assert ask("mme", "--batch-size", 5) == 0
+    assert sum(batches) == 14
+    assert (out / "mme.jsonl").read_bytes() == (evaluated / "mme.jsonl").read_bytes()
+    assert scores_of(out)["mme"] == scores_of(evaluated)["mme"]
+    with counted() as batches:
+        assert ask("mme") == 0
+    assert batches == []
+
+
+@pytest.mark.parametrize("cut", [1, 20, 300])
+def test_a_last_line_torn_by_a_kill_is_asked_again(cut, ask, evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "out")
+    whole = (evaluated / "mme.jsonl").read_bytes()
+    (tmp_path / "out" / "mme.jsonl").write_bytes(whole[:-cut])
+    with counted() as batches:
+        assert ask("mme") == 0
+    assert sum(batches) == 1 and (tmp_path / "out" / "mme.jsonl").read_bytes() == whole
+
+
+def test_kill_9_keeps_what_was_answered(ask, evaluated, tmp_path):
+    with at_batch(3, killed), pytest.raises(Killed):
+        ask("mme", "--batch-size", 4)
+    assert len(records(tmp_path / "out" / "mme.jsonl")) == 12
+    with counted() as batches:
+        assert ask("mme") == 0
+    assert sum(batches) == 12
+    assert (tmp_path / "out" / "mme.jsonl").read_bytes() == (evaluated / "mme.jsonl").read_bytes()
+
+
+def test_limit_then_a_larger_limit_asks_the_difference(ask, evaluated, tmp_path):
+    asked = []
+    for flags in (["--limit", 3], ["--limit", 5], ["--limit", 2], []):
+        with counted() as batches:
+            assert ask("mmstar", *flags) == 0
+        asked.append((sum(batches), scores_of(tmp_path / "out")["mmstar"]["rows"]))
+    assert asked == [(3, 3), (2, 5), (0, 2), (11, 16)]         # a smaller limit looks at fewer rows, and drops none
+    assert (tmp_path / "out" / "mmstar.jsonl").read_bytes() == (evaluated / "mmstar.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("what, flags", [
+    ("md5", []), ("weights", []), ("plain", ["--plain"]), ("max_new_tokens", ["--max-new-tokens", 5]),
+    ("max_pixels", ["--max-pixels", 50_000])])
+def test_responses_made_otherwise_are_never_mixed(what, flags, random_tiny, miniatures, tmp_path):
+    model, data, out = (tmp_path / name for name in ("model", "data", "out"))
+    shutil.copytree(random_tiny, model)
+    shutil.copytree(miniatures, data)
+    fixed = ["--model", model, "--data", data, "--out", out, "--benchmarks", "mmstar", "--device", "cpu", "--limit", 4,
+             "--max-new-tokens", 3]
+    assert run_eval(*fixed) == 0
+    before = names_in(out), (out / "mmstar.jsonl").read_bytes()
+    if what == "md5":
+        with open(data / "MMStar.tsv", "a") as f:
+            f.write("\n")
+    if what == "weights":                                      # trained further, in the same folder
+        shutil.rmtree(model)
+        sg.build_tiny(model, [a_path()] * 4, seed=1)
+    with counted() as batches:
+        refused = run_eval(*fixed, *flags)
+    assert re.findall(r"(\w+) was \S+ and is", refused) == [what], refused
+    assert "mmstar.jsonl" in refused and "--overwrite" in refused and "--out" in refused
+    assert batches == [] and (names_in(out), (out / "mmstar.jsonl").read_bytes()) == before
+    with counted() as batches:
+        assert run_eval(*fixed, *flags, "--overwrite") == 0
+        assert run_eval(*fixed, *flags) == 0                   # and now it is these settings that go on
+    assert batches == [4] and len(records(out / "mmstar.jsonl")) == 4
+
+
+def test_what_does_not_change_a_response_may_differ(ask, tmp_path):
+    assert ask("mmstar", "--limit", 4) == 0
+    with counted() as batches:
+        assert ask("chartqa", "--limit", 2) == 0               # another benchmark in the same folder
+        assert ask("mmstar,chartqa", "--limit", 5, "--batch-size", 2, "--skip-bad-rows") == 0
+    assert batches == [2, 1, 2, 1]
+    assert names_in(tmp_path / "out") == ["chartqa.jsonl", "mmstar.jsonl", "scores.json", "settings.json", "table.md"]
+
+
+def test_overwrite_asks_only_the_named_benchmarks_again(ask, evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "out")
+    with counted() as batches:
+        assert ask("mathverse", "--overwrite") == 0
+        assert ask("mathverse,chartqa") == 0
+    assert sum(batches) == 15
+    assert (tmp_path / "out" / "mathverse.jsonl").read_bytes() == (evaluated / "mathverse.jsonl").read_bytes()
+
+
+def test_kept_responses_are_scored_anew(ask, evaluated, miniatures, tmp_path):
+    """The rules may be newer than the responses. Here the responses are: right ones, under their old scores."""
+    out = tmp_path / "out"
+    shutil.copytree(evaluated, out)
+    for name in ev.PAPER:
+        rows = {row["index"]: row for row in cells_of(miniatures, name)}
+        write_lines(out / f"{name}.jsonl", [r | {"response": a_path(answer=rows[r["id"]]["answer"])}
+                                            for r in records(out / f"{name}.jsonl")])
+    with counted() as batches:
+        assert ask(",".join(ev.PAPER)) == 0
+    found = scores_of(out)
+    assert batches == [] and {name: r["headline"] for name, r in found.items()} == dict.fromkeys(ev.PAPER, 100) | {
+        "mme": 1200}                                           # six of the fourteen categories
+    assert all(r["unparsed"] == 0 for r in found.values())
+    assert all(r["score"] == 1 and r["answer"] for name in ev.PAPER for r in records(out / f"{name}.jsonl"))
+    assert json.loads((out / "scores.json").read_text())["average"] == 92.8              # (700 + 1200 / 28) / 8
+
+
+# -- bad rows
+
+def test_malformed_rows_stop_with_file_and_line_before_a_model_is_loaded(ask, miniatures, tmp_path, no_model):
+    def spoil(line, row):
+        if line == 4:
+            row.append("too many")
+        if line == 6:
+            row[3] = ""                                        # the answer
+        if line == 9:
+            row[2] = " "                                       # the question
+        if line == 11:
+            row[0] = "1"                                       # the index of another row
+    file = change_rows(miniatures / "ChartQA_TEST.tsv", tmp_path / "ChartQA_TEST.tsv", spoil)
+    refused = ask("chartqa", "--data", tmp_path)
+    assert refused.startswith("eval: 4 rows cannot be used:") and "--skip-bad-rows" in refused
+    for part in ("line 4: has 6 cells", "line 6: chartqa row: the answer is missing", "line 9: the question is empty",
+                 f"line 11: has the index '1' of {file} line 3"):
+        assert f"{file} {part}" in refused
+    assert not (tmp_path / "out" / "chartqa.jsonl").exists()
+
+
+def test_skip_bad_rows_goes_on_without_them(ask, miniatures, tmp_path, capsys):
+    def spoil(line, row):
+        if line in (4, 6):
+            row[3] = ""
+    change_rows(miniatures / "ChartQA_TEST.tsv", tmp_path / "ChartQA_TEST.tsv", spoil)
+    assert ask("chartqa", "--data", tmp_path, "--skip-bad-rows") == 0
+    printed = capsys.readouterr()
+    assert "skipped 2 bad rows, the first: " in printed.out + printed.err
+    assert scores_of(tmp_path / "out")["chartqa"]["rows"] == 14
+    assert {"2", "4"} & {r["id"] for r in records(tmp_path / "out" / "chartqa.jsonl")} == set()
+
+
+@pytest.mark.parametrize("benchmark, kind, column, value", [
+    ("mathvista", "multi_choice", "choices", "['1', "), ("mathvista", "multi_choice", "choices", "5"),
+    ("mathvista", "multi_choice", "choices", "[" * 300),
+    ("mathvista", "float", "precision", "many"), ("mathvista", "float", "precision", "inf"),
+    ("mathvista", "integer", "question", ""), ("mmstar", "math", "answer", "Z"), ("mmstar", "math", "question", ""),
+    ("mme", "No", "answer", "perhaps"), ("hallusionbench", "VD", "answer", "2"),
+    ("hallusionbench", "VD", "index", "17"), ("hallusionbench", "VD", "question", "nan"),
+    ("mathverse", "free-form", "answer", ""),
+], ids=lambda value: value if len(value) < 20 else "[…")
+def test_every_kind_of_malformed_row_is_named_by_its_line(benchmark, kind, column, value, ask, miniatures, tmp_path,
+                                                          no_model):
+    """`kind` tells which row is spoiled: the first with such a cell."""
+    header, spoiled = table_of(miniatures, benchmark).header, []
+
+    def spoil(line, row):
+        if kind in row and not spoiled:
+            row[header.index(column)] = value
+            spoiled.append(line - 2)
+    file = change_rows(miniatures / ev.BENCHMARKS[benchmark].file, tmp_path / ev.BENCHMARKS[benchmark].file, spoil)
+    refused = ask(benchmark, "--data", tmp_path)
+    assert isinstance(refused, str) and refused.startswith("eval: 1 rows cannot be used:")
+    assert list(ev.read_tsv(file).rows.values())[spoiled[0]].where + ": " in refused
+
+
+def test_a_torn_image_stops_with_file_and_line_and_can_be_skipped(ask, miniatures, tmp_path):
+    def tear(line, row):
+        if line == 5:
+            row[1] = row[1][:len(row[1]) // 2]
+    file = change_rows(miniatures / "ChartQA_TEST.tsv", tmp_path / "ChartQA_TEST.tsv", tear)
+    with counted() as batches:
+        refused = ask("chartqa", "--data", tmp_path, "--batch-size", 2)
+        assert f"{file} line 5: its image cell holds no base64 of an image" in refused and "--skip-bad-rows" in refused
+        assert "BytesIO" not in refused
+        assert ask("chartqa", "--data", tmp_path, "--batch-size", 2, "--skip-bad-rows") == 0
+    assert sum(batches) == 15                                  # what came before the error was kept
+    found = scores_of(tmp_path / "out")["chartqa"]
+    assert (found["rows"], found["without response"], found["without image"]) == (15, 1, 0)
+    assert "chartqa: 1 rows without response left out" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
+# -- responses of other engines
+
+FORMS = {
+    "id.jsonl": lambda file, answers: write_lines(file, [{"id": name, "response": text} for name, text in answers]),
+    "index.jsonl": lambda file, answers: write_lines(file, [
+        {"index": int(name), "prediction": text, "model": "x"} for name, text in reversed(answers)]),
+    "vlmevalkit.tsv": lambda file, answers: write_tsv(file, [[name, "a\nb", text] for name, text in answers],
+                                                      ("index", "question", "prediction")),
+}
+
+
+@pytest.mark.parametrize("benchmark", ["mathvista", "mme", "dynamath"])
+def test_predictions_of_any_engine_score_as_those_of_the_model(benchmark, ask, evaluated, miniatures, tmp_path,
+                                                               no_model):
+    answers = answers_to(cells_of(miniatures, benchmark))
+    own = write_lines(tmp_path / "own.jsonl", [         # as if the model had given them
+        r | {"response": text} for r, (_, text) in zip(records(evaluated / f"{benchmark}.jsonl"), answers)])
+    rows = cells_of(miniatures, benchmark)
+    scores = [ev.score(benchmark, row, text) for row, (_, text) in zip(rows, answers)]
+    expected = ev.summarize(benchmark, rows, scores)
+    assert 0 < expected[next(iter(expected))] and expected["unparsed"] == -(-len(rows) // 3)
+    files = [own, *(form(tmp_path / name, answers) for name, form in FORMS.items())]
+    for n, file in enumerate(files):
+        out = tmp_path / f"out{n}"
+        assert ask(benchmark, "--predictions", file, "--out", out) == 0
+        (found,) = scores_of(out).values()
+        assert {name: f["value"] for name, f in found["figures"].items()} == expected
+        assert found["unparsed"] == expected["unparsed"] and found["without response"] == 0
+        assert f"| {file} |" in (out / "table.md").read_text(encoding="utf-8")
+
+
+def test_scoring_the_models_own_file_changes_no_figure(ask, evaluated, tmp_path, no_model):
+    before = (evaluated / "chartqa.jsonl").read_bytes()
+    assert ask("chartqa", "--predictions", evaluated / "chartqa.jsonl") == 0
+    assert scores_of(tmp_path / "out")["chartqa"] == scores_of(evaluated)["chartqa"]
+    assert (evaluated / "chartqa.jsonl").read_bytes() == before
+
+
+def test_predictions_go_to_a_folder_of_their_name_and_some_rows_may_lack_one(miniatures, tmp_path, monkeypatch,
+                                                                             no_model):
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("answers.jsonl"), [{"id": name, "response": text} for name, text in
+                                        answers_to(cells_of(miniatures, "chartqa"))[:5]])
+    assert run_eval("--benchmarks", "chartqa", "--data", miniatures, "--predictions", "answers.jsonl") == 0
+    (found,) = scores_of("runs/answers/eval").values()
+    assert (found["rows"], found["without response"], found["headline"]) == (5, 11, 60)
+    assert "11 rows without response left out" in Path("runs/answers/eval/table.md").read_text(encoding="utf-8")
+
+
+def test_a_file_without_images_can_be_scored_but_not_asked(ask, miniatures, tmp_path, no_model):
+    with open(miniatures / "ChartQA_TEST.tsv", encoding="utf-8", newline="") as f:
+        rows = [row[:1] + row[2:] for row in csv.reader(f, "excel-tab")]
+    write_tsv(tmp_path / "ChartQA_TEST.tsv", rows[1:], rows[0])
+    answers = FORMS["id.jsonl"](tmp_path / "a.jsonl", answers_to(cells_of(miniatures, "chartqa")))
+    assert ask("chartqa", "--data", tmp_path, "--predictions", answers) == 0
+    assert scores_of(tmp_path / "out")["chartqa"]["rows"] == 16
+    assert "holds no rows with an image" in ask("chartqa", "--data", tmp_path)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", '{"id": "0", "response": "1"}\n{"id": "777", "response": "1"}\n', "rows that .* has not: ['777']"),
+    ("a.jsonl", '{"id": "0", "response": "1"}\n{"id": 0, "response": "2"}\n', "record 2: id 0 occurs twice"),
+    ("a.tsv", "index\tprediction\n0\t1\n0\t2\n", "record 2: id 0 occurs twice"),
+    ("a.jsonl", '{"id": "0"}\n', "record 1: needs id"), ("a.jsonl", '{"response": "1"}\n', "record 1: needs id"),
+    ("a.tsv", "index\tanswer\n0\t1\n", "record 1: needs id"), ("a.tsv", "index\tprediction\n0\n", "record 1: needs id"),
+    ("a.jsonl", "my notes\n", "a.jsonl is no .jsonl file"), ("a.jsonl", "", "no response to any row"),
+    ("a.jsonl", "[1]\n5\n", "record 1"), ("a.tsv", b"index\tprediction\n0\t\xff\n", "a.tsv"),
+    ("a.jsonl", b"\xff\xfe", "a.jsonl"), ("absent.jsonl", None, "there is no such file"),
+])
+def test_predictions_that_do_not_fit_are_one_clear_error(name, content, message, ask, tmp_path, no_model):
+    if content is not None:
+        write_bytes(tmp_path / name, content if isinstance(content, bytes) else content.encode())
+    refused = ask("chartqa", "--predictions", tmp_path / name)
+    assert isinstance(refused, str) and refused.startswith("eval: ") and len(refused.splitlines()) == 1
+    assert re.search(message.replace("[", r"\["), refused), refused
+    assert not (tmp_path / "out" / "scores.json").exists()
+
+
+def test_odd_characters_in_a_response_are_kept(ask, miniatures, tmp_path, no_model):
+    """Line separators cut no record, and half of an emoji, which JSON can hold and UTF-8 cannot, ends no run."""
+    rows = cells_of(miniatures, "chartqa")[:3]
+    texts = ["a\u2028b\x85c\r\n" + a_path(answer=rows[0]["answer"]), "\ud83d" + a_path(answer=rows[1]["answer"]), "🙂"]
+    write_lines(tmp_path / "a.jsonl", [{"id": row["index"], "response": text} for row, text in zip(rows, texts)])
+    assert ask("chartqa", "--predictions", tmp_path / "a.jsonl") == 0
+    assert scores_of(tmp_path / "out")["chartqa"]["headline"] == pytest.approx(200 / 3)
+
+
+# -- real rows, and the default command
+
+@has_real_rows
+def test_real_rows_go_the_whole_way(random_tiny, tmp_path, capsys):
+    assert run_eval("--model", random_tiny, "--data", REAL_ROWS, "--device", "cpu", "--limit", 6,
+                    "--max-new-tokens", 4, "--max-pixels", 200_000, "--benchmarks", "mathvision_mini,dynamath",
+                    "--out", tmp_path) == 0
+    found = scores_of(tmp_path)
+    assert {name: (r["rows"], r["without response"]) for name, r in found.items()} == {
+        "mathvision_mini": (6, 0), "dynamath": (6, 0)}
+    printed = capsys.readouterr().out
+    assert printed.count("is not the published file") == 2 and "miniatures" not in printed
+    assert "Math-V mini" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    for name in found:
+        assert len(records(tmp_path / f"{name}.jsonl")) == 6
+
+
+@has_real_rows
+@pytest.mark.parametrize("benchmark", ["mathvision_mini", "dynamath"])
+def test_the_right_answer_of_every_real_row_scores_and_another_option_does_not(benchmark):
+    for row in cells_of(REAL_ROWS, benchmark):
+        assert verdict(benchmark, row, row["answer"]), row
+        options = ev.choices_of(row) if benchmark == "mathvision_mini" else ev.options_in(row["question"])
+        for letter in options if re.fullmatch("[A-H]", row["answer"]) else ():
+            assert verdict(benchmark, row, letter) == (letter == row["answer"]), row
+
+
+@pytest.fixture
+def small_default(tmp_path, monkeypatch):
+    """tmp_path as the working folder, and as the repository in which the default command draws its data; the real
+    scripts, drawing and training less."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(HERE / "data" / "bench.py", tmp_path / "data")
+    shutil.copy(HERE / "data" / "shapes.py", tmp_path / "data" / "shapes.py")
+    main, trained = sg.main, []
+
+    def hasty(argv):
+        trained.append(argv)
+        main([*argv, "--warmup-steps", "2", "--device", "cpu"])
+    run = subprocess.run
+
+    def drawn(command, **more):
+        return run([str(part) if part != "3200" else "40" for part in command], **more)
+    monkeypatch.setattr(sg, "main", hasty)
+    monkeypatch.setattr(ev.subprocess, "run", drawn)
+    monkeypatch.setattr(sg, "HERE", tmp_path)
+    monkeypatch.setattr(ev, "MINIATURES", tmp_path / "data" / "bench")
+    monkeypatch.chdir(tmp_path)
+    return trained
+
+
+def test_the_default_command_draws_trains_and_shows_the_table(small_default, tmp_path, capsys):
+    flags = ["--limit", 2, "--max-new-tokens", 4, "--device", "cpu"]
+    assert run_eval(*flags) == 0
+    printed, out = capsys.readouterr().out, tmp_path / "runs" / "tiny-hasty" / "eval"
+    assert len(small_default) == 1 and "miniature" in printed and "R1-VL-7B (paper)" in printed
+    assert set(scores_of(out)) == set(ev.PAPER) and "miniature" in (out / "table.md").read_text(encoding="utf-8")
+    assert "trained on bare questions" in printed              # so it gets no template
+    assert records(out / "chartqa.jsonl")[0]["prompt"] == cells_of(ev.MINIATURES, "chartqa")[0]["question"]
+    with counted() as batches:
+        assert run_eval(*flags) == 0                           # trained once, asked once
+    assert len(small_default) == 1 and batches == []
+    shutil.copytree(tmp_path / "runs" / "tiny-hasty", tmp_path / "runs" / "tiny")        # `python stepgrpo.py` was run
+    assert run_eval(*flags, "--benchmarks", "mme", "--overwrite") == 0
+    assert scores_of(tmp_path / "runs" / "tiny" / "eval").keys() == {"mme"}
+
+
+def test_miniatures_are_known_by_any_path_to_them(random_tiny, miniatures, tmp_path, monkeypatch, capsys):
+    """Their figures must never be taken for the benchmark's."""
+    monkeypatch.setattr(ev, "MINIATURES", miniatures)
+    monkeypatch.chdir(miniatures.parent)
+    for path in (miniatures, miniatures.name):
+        assert run_eval("--model", random_tiny, "--data", path, "--benchmarks", "mme", "--limit", 2, "--device", "cpu",
+                        "--max-new-tokens", 2, "--out", tmp_path / f"out {len(str(path))}") == 0
+        assert "These are miniatures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("instruction, flags, plain", [
+    (False, [], True), (False, ["--no-plain"], False), (True, [], False), (True, ["--plain"], True)])
+def test_a_run_is_asked_as_it_was_trained(instruction, flags, plain, random_tiny, miniatures, tmp_path, monkeypatch,
+                                          capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(random_tiny, "runs/mine/checkpoint")
+    Path("runs/mine/config.json").write_text(json.dumps({"instruction": instruction}))
+    assert run_eval("--model", "runs/mine", "--data", miniatures, "--benchmarks", "chartqa", "--limit", 1,
+                    "--device", "cpu", "--max-new-tokens", 2, *flags) == 0
+    (r,) = records(Path("runs/mine/eval/chartqa.jsonl"))
+    assert r["prompt"] == ev.build_prompt("chartqa", cells_of(miniatures, "chartqa")[0], plain)
+    assert ("trained on bare questions" in capsys.readouterr().out) == (not instruction and not flags)
+
+
+# -- the judge
+
+def judge_flags(endpoint, out):
+    return ["--judge", endpoint.url, "--judge-model", "m", "--api-key-env", "MY_KEY", "--out", out]
+
+
+@pytest.fixture
+def unclear(miniatures, tmp_path):
+    """Responses to DynaMath: right, wrong, right, none → their file, and the rows whose response states no answer."""
+    made, unparsed = [], []
+    for n, row in enumerate(cells_of(miniatures, "dynamath")):
+        right, wrong = row["answer"], "17" if row["answer"] not in "ABC" else "A" if row["answer"] != "A" else "B"
+        text = [a_path(answer=right), a_path(answer=wrong), a_path(answer=right), "Hard to say"][n % 4]
+        made.append({"id": row["index"], "response": text})
+        if text == "Hard to say" and row["answer_type"] != "text":     # there, any text is an answer
+            unparsed.append(row)
+    return write_lines(tmp_path / "unclear.jsonl", made), unparsed
+
+
+def test_the_judge_gets_what_the_rules_cannot_parse_and_only_that(ask, unclear, endpoint, tmp_path, monkeypatch,
+                                                                  no_model):
+    monkeypatch.setenv("MY_KEY", "secret")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    file, unparsed = unclear
+    out = tmp_path / "out"
+    assert ask("dynamath", "--predictions", file) == 0
+    (alone,) = scores_of(out).values()
+    assert "with judge" not in alone and not endpoint.asked
+    endpoint.faults.extend(["Hmm.", "**Right.**", *["Not right, but wrong"] * (len(unparsed) - 2), "right"])
+    assert ask("dynamath", "--predictions", file, *judge_flags(endpoint, out)) == 0
+    assert len(endpoint.asked) == len(unparsed) + 1            # 'Hmm.' is no verdict: asked again
+    for row, prompt in zip(unparsed, endpoint.asked[1:]):
+        assert row["question"] in prompt and f"Right answer: {row['answer']}\n" in prompt and "Hard to say" in prompt
+    assert set(endpoint.keys) == {"Bearer secret"} and set(endpoint.paths) == {"/v1/chat/completions"}
+    (found,) = scores_of(out).values()
+    assert {name: found[name] for name in alone} == alone      # the figures by rule are what they were
+    assert found["with judge"] == pytest.approx(alone["headline"] + 100 * 2 / 40)        # two of 40 rows more
+    assert (found["judge"], found["judged"]) == ("m", len(unparsed))
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| {re.escape(str(file))} \|.* {alone['headline']:.1f} \|", table, re.M)
+    assert re.search(rf"^\| {re.escape(str(file))} \+ judge \|.* {found['with judge']:.1f} \|", table, re.M)
+    assert f"dynamath: {len(unparsed)} unparsed responses judged by m" in table
+    assert not any("secret" in written.read_text(encoding="utf-8") for written in out.iterdir())
+    asked = len(endpoint.asked)
+    assert ask("dynamath", "--predictions", file, *judge_flags(endpoint, out)) == 0      # kept: nothing is judged twice
+    assert len(endpoint.asked) == asked and list(scores_of(out).values()) == [found]
+    endpoint.faults.extend(["wrong"] * len(unparsed))          # another judge is another opinion
+    assert ask("dynamath", "--predictions", file, *judge_flags(endpoint, out), "--judge-model", "other") == 0
+    assert len(endpoint.asked) == asked + len(unparsed)
+    assert scores_of(out)["dynamath"]["with judge"] == alone["headline"]
+
+
+def test_a_judge_that_fails_keeps_its_verdicts(ask, unclear, endpoint, tmp_path, no_model):
+    file, unparsed = unclear
+    endpoint.faults.extend(["right", "right", (401, {}, "bad key")])
+    refused = ask("dynamath", "--predictions", file, *judge_flags(endpoint, tmp_path / "out"))
+    assert "HTTP 401" in refused and "bad key" in refused and len(refused.splitlines()) == 1
+    endpoint.faults.extend(["wrong"] * (len(unparsed) - 2))
+    assert ask("dynamath", "--predictions", file, *judge_flags(endpoint, tmp_path / "out")) == 0
+    assert len(endpoint.asked) == len(unparsed) + 1 and not endpoint.faults
+
+
+@pytest.mark.parametrize("benchmark", ["mmstar", "hallusionbench", "mme"])
+def test_benchmarks_of_letters_and_yes_or_no_are_not_judged(benchmark, ask, miniatures, endpoint, tmp_path, no_model):
+    file = write_lines(tmp_path / "a.jsonl", [{"id": row["index"], "response": "hard to say"}
+                                              for row in cells_of(miniatures, benchmark)])
+    assert ask(benchmark, "--predictions", file, *judge_flags(endpoint, tmp_path / "out")) == 0
+    found = scores_of(tmp_path / "out")[benchmark]
+    assert not endpoint.asked and "with judge" not in found and found["unparsed"] == found["rows"]
+    assert "judge" not in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("reply, expected", [
+    ("right", True), ("Wrong.", False), ("**RIGHT**", True), ("It says right, but that is wrong", False)])
+def test_the_verdict_of_a_judge_is_its_last_word(reply, expected):
+    assert ev.read_verdict(reply) is expected
+
+
+@pytest.mark.parametrize("reply", ["", "correct", "copyright", "0", "rightly"])
+def test_a_reply_that_is_no_verdict_is_asked_again(reply):
+    with pytest.raises(ev.TryAgain):
+        ev.read_verdict(reply)
+
+
+# -- settings and errors
+
+def test_every_setting_of_the_evaluation_is_explained_and_read(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ev.parse_arguments(["--help"])
+    printed, source = capsys.readouterr().out, inspect.getsource(ev)
+    assert stop.value.code == 0
+    for name in vars(ev.parse_arguments([])):
+        assert re.search(rf"^  --{name.replace('_', '-')}\b.*(\n?.*)[a-z]", printed, re.M), name
+        assert re.search(rf"\bargs\.{name}\b", source) or name in ("device", "dtype"), name     # sg.pick_device
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--benchmarks", "mme,mmbench"], "no benchmark mmbench; there are mathvista, mmstar"),
+    (["--benchmarks", ""], "no benchmark"), (["--predictions", "a.jsonl"], "--benchmarks"),
+    (["--benchmarks", "mme", "--judge", "http://h"], "--judge-model"), (["--judge-model", "m"], "belong together"),
+    (["--limit", "-1"], "--limit"), (["--batch-size", "0"], "--batch-size"),
+    (["--max-new-tokens", "0"], "--max-new-tokens"), (["--max-pixels", "0"], "--max-pixels"),
+    (["--dtype", "float17"], "float17"), (["--device", "gpu"], "--device gpu is not there"),
+    (["--model", "absent/deeper/x"], "no model 'absent/deeper/x'"),
+    (["--model", "nobody/nothing"], "cannot load model nobody/nothing"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_impossible_settings_of_the_evaluation_are_one_clear_line(flags, message, random_tiny, miniatures, tmp_path):
+    refused = run_eval("--model", random_tiny, "--data", miniatures, "--out", tmp_path / "out", "--device", "cpu",
+                       *flags)
+    assert isinstance(refused, str) and refused.startswith("eval: ") and len(refused.splitlines()) == 1
+    assert message in refused and not list((tmp_path / "out").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("flags", [["--unknown"], ["--bench", "mme"], ["--limit", "many"], ["stray"]])
+def test_unknown_flags_of_the_evaluation_are_errors(flags, capsys):
+    assert run_eval(*flags) == 2 and "error:" in capsys.readouterr().err
+
+
+def moved(monkeypatch, benchmark, url, md5):
+    """Points a benchmark to another address."""
+    monkeypatch.setitem(ev.BENCHMARKS, benchmark, ev.BENCHMARKS[benchmark]._replace(url=url, md5=md5))
+
+
+def test_a_file_that_is_missing_is_downloaded_into_the_data_folder(file_server, ask, miniatures, tmp_path,
+                                                                   monkeypatch, capsys):
+    file_server.body = (miniatures / "MME.tsv").read_bytes()
+    moved(monkeypatch, "mme", file_server.url + "/", hashlib.md5(file_server.body).hexdigest())
+    for _ in range(2):
+        assert ask("mme", "--data", tmp_path / "data", "--limit", 2) == 0
+    assert len(file_server.ranges) == 1 and (tmp_path / "data" / "MME.tsv").read_bytes() == file_server.body
+    assert "is not the published file" not in capsys.readouterr().out
+
+
+def test_offline_one_line_says_what_to_get_and_where_to_put_it(no_proxy, ask, tmp_path, monkeypatch, no_model):
+    with FileServer() as gone:
+        moved(monkeypatch, "mme", gone.url + "/", "0" * 32)
+    refused = ask("mme", "--data", tmp_path / "data")
+    assert len(refused.splitlines()) == 1 and f"cannot download {gone.url}/MME.tsv" in refused
+    assert f"save it in {tmp_path / 'data'} as MME.tsv" in refused
+
+
+def test_data_is_found_where_vlmevalkit_keeps_it(random_tiny, miniatures, tmp_path, monkeypatch):
+    monkeypatch.setenv("LMUData", str(miniatures))
+    assert run_eval("--model", random_tiny, "--benchmarks", "mme", "--limit", 2, "--device", "cpu",
+                    "--max-new-tokens", 2, "--out", tmp_path) == 0
+    assert scores_of(tmp_path)["mme"]["file"] == str(miniatures / "MME.tsv")
+
+
+def test_missing_columns_of_a_benchmark_are_named(ask, tmp_path, no_model):
+    write_tsv(tmp_path / "MME.tsv", [["0", "", "?", "Yes"]], ("index", "image", "question", "answer"))
+    refused = ask("mme", "--data", tmp_path)
+    assert len(refused.splitlines()) == 1 and f"{tmp_path / 'MME.tsv'} has no column image_path, category" in refused
+
+
+def test_a_base_models_evaluation_does_not_block_its_training(shapes_set, evaluated, tmp_path):
+    """eval.py keeps the responses of `--model NAME` in runs/NAME/eval, where stepgrpo.py trains it."""
+    out = tmp_path / "run"
+    for flags in ({}, {"overwrite": True}):
+        shutil.copytree(evaluated, out / "eval")
+        with varied_rewards():
+            assert run_main(*run_flags(out, shapes_set, warmup_steps=0, steps=1, **flags)) == 0
+        assert (out / "checkpoint").is_dir() and names_in(out / "eval") == names_in(evaluated)
+        assert (out / "eval" / "mme.jsonl").read_bytes() == (evaluated / "mme.jsonl").read_bytes()
+        assert "exists" in run_main(*run_flags(out, shapes_set, warmup_steps=0, steps=1))       # now it is a run
+        shutil.rmtree(out)
+    (out / "eval").mkdir(parents=True)
+    (out / "thesis.tex").write_text("years of work")
+    assert "exists" in run_main(*run_flags(out, shapes_set)) and (out / "thesis.tex").exists()
+
+
+def test_ctrl_c_and_errors_need_no_traceback_in_a_terminal(miniatures, random_tiny, tmp_path):
+    """The real thing: a process of its own, interrupted once a response is there; the same command goes on."""
+    command = [sys.executable, str(HERE / "eval.py"), "--model", str(random_tiny), "--data", str(miniatures),
+               "--out", str(tmp_path), "--benchmarks", "dynamath", "--batch-size", "1", "--max-new-tokens", "60",
+               "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    made, deadline = tmp_path / "dynamath.jsonl", time.monotonic() + 120
+    while not (made.exists() and made.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in printed and "Traceback" not in printed, printed
+    before = len(records(made))
+    assert 0 < before < 40
+    with counted() as batches:
+        assert run_eval(*command[2:], "--limit", before + 1) == 0
+    assert sum(batches) == 1
+
+
+# ─── 14. data/bench.py ────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_the_miniatures_are_the_same_files_for_the_same_seed(miniatures, tmp_path):
+    def drawn(name, *flags):
+        subprocess.run([sys.executable, str(HERE / "data" / "bench.py"), "--out", str(tmp_path / name), *flags],
+                       check=True, stdout=subprocess.PIPE)
+        return {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+    first = drawn("a")
+    assert first == {file.name: file.read_bytes() for file in miniatures.iterdir()}
+    assert set(first) == {ev.BENCHMARKS[name].file for name in ev.PAPER}
+    other = drawn("b", "--seed", "1")
+    assert first.keys() == other.keys() and all(first[name] != other[name] for name in first)
+
+
+def options_of(row):
+    """{letter: text} of any benchmark's row."""
+    question = row.get("question_for_eval", row["question"])
+    return ev.mmstar_options(row) or ev.choices_of(row) or ev.options_in(question)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_right_and_wrong_answers_to_the_miniatures_score_1_and_0(seed, tmp_path):
+    bench.make_bench(tmp_path, seed)
+    for name in ev.PAPER:
+        table = ev.read_tsv(tmp_path / ev.BENCHMARKS[name].file, ev.BENCHMARKS[name].columns)
+        assert not table.complaints and len(table.rows) >= 14
+        for row in (row.cells for row in table.rows.values()):
+            answer, gold, options = row["answer"], row.get("answer_option") or row["answer"], options_of(row)
+            assert ev.score(name, row, f"### The final answer is: {answer}") == 1, row
+            if options:
+                wrong = [letter for letter in options if letter != gold]
+            elif answer in ("Yes", "No"):
+                wrong = ["No" if answer == "Yes" else "Yes"]
+            elif re.fullmatch(r"[\d.]+%?", answer):
+                wrong = [f"{float(answer.strip('%')) * 1.5 + 2:g}{'%' * answer.endswith('%')}"]
+            else:
+                wrong = ["purple", "[purple, black]", "[7, 8, 9]"]
+            for other in wrong:
+                assert ev.score(name, row, f"### The final answer is: {other}") == 0, (row, other)
+            for letter, text in options.items():
+                assert ev.score(name, row, f"### The final answer is: {text}") == (letter == gold), row
+                assert ev.score(name, row, f"### The final answer is: ({letter}) {text}") == (letter == gold), row
+
+
+def test_the_miniatures_hold_rows_of_every_kind(miniatures):
+    tables = {name: table_of(miniatures, name) for name in ev.PAPER}
+    rows = {name: [row.cells for row in table.rows.values()] for name, table in tables.items()}
+
+    def images(name):
+        return [ev.row_images(tables[name], row, 10**6) for row in tables[name].rows.values()]
+
+    def kinds(name, *columns):
+        return {tuple(row[column] for column in columns) for row in rows[name]}
+    assert {len(found) for found in images("mathvision")} == {1, 2}                      # a list of images
+    assert {len(found) for found in images("hallusionbench")} == {0, 1}                  # none, and a reference:
+    with open(miniatures / "HallusionBench.tsv", encoding="utf-8", newline="") as f:
+        assert {row["image"] for row in csv.DictReader(f, delimiter="\t")} & set(tables["hallusionbench"].rows)
+    assert kinds("mathvista", "question_type", "answer_type") >= {
+        ("free_form", "integer"), ("free_form", "float"), ("free_form", "list"), ("multi_choice", "text")}
+    assert {"0", ""} <= {row["answer"] for row in rows["mathvista"]} | {row["precision"] for row in rows["mathvista"]}
+    assert {len(ev.mmstar_options(row)) for row in rows["mmstar"]} == {3, 4}
+    assert {len(ev.choices_of(row)) for row in rows["mathvision"]} >= {0, 5}
+    assert kinds("chartqa", "split") == {("test_human",), ("test_augmented",)}
+    assert {"%", "["} <= {c for row in rows["chartqa"] for c in row["answer"]}
+    assert kinds("dynamath", "answer_type") == {("float",), ("single answer",), ("multiple choice",), ("text",)}
+    assert Counter(row["qid"] for row in rows["dynamath"]) == dict.fromkeys("1234", 10)
+    pictures = [(row["qid"], image.size, image.tobytes())
+                for row, (image,) in zip(rows["dynamath"], images("dynamath"))]
+    assert len(set(pictures)) == 40                            # every variant shows something else
+    assert kinds("hallusionbench", "category", "answer") == {("VD", "Yes"), ("VD", "No"), ("VS", "Yes"), ("VS", "No")}
+    assert Counter(row["problem_index"] for row in rows["mathverse"]) == dict.fromkeys("123", 5)
+    assert len(kinds("mathverse", "problem_version")) == 5 and len(kinds("mathverse", "question_type")) == 2
+    pairs = {}
+    for row in rows["mme"]:
+        pairs.setdefault((row["category"], row["image_path"]), []).append(row["answer"])
+    assert all(sorted(pair) == ["No", "Yes"] for pair in pairs.values())
+    assert kinds("mme", "category") & {(name,) for name in ev.REASONING} and len(kinds("mme", "category")) >= 4
+
+
+def test_answers_of_the_miniatures_are_what_the_images_show(miniatures):
+    checked = Counter()
+    for name in ev.PAPER:
+        table = table_of(miniatures, name)
+        for row in table.rows.values():
+            asked = re.search(r"Subtract all (\w+?)(?: things|s)\.|How many units .*?\?", row.cells["question"])
+            if not asked or name == "mme":
+                continue
+            (image,) = ev.row_images(table, row, 10**6)
+            seen = read_scene(image)
+            if asked[1]:
+                objects = sum(seen.values(), [])
+                answer = len(objects) - sum(asked[1] in thing for thing in objects)
+            elif "from the left" in asked[0]:
+                answer = [len(column) for _, column in sorted(seen.items())]
+            else:
+                heights = dict(zip(("left", "middle", "right"), (len(column) for _, column in sorted(seen.items()))))
+                a, b = (heights[place] for place in re.findall(r"the (\w+) bar", asked[0]))
+                answer = a + b if "together" in asked[0] else a - b
+            options = options_of(row.cells)
+            gold = row.cells.get("answer_option") or row.cells["answer"]
+            assert options.get(gold, row.cells["answer"]) == str(answer), row
+            checked[name] += 1
+    assert checked["dynamath"] == 20 and min(checked[name] for name in (
+        "mathvista", "mmstar", "mathvision", "chartqa", "mathverse")) >= 6
