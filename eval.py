@@ -1062,8 +1062,8 @@ def table_rows(results, label):
                      f"{average(headlines)}"])
     for with_judge in (False, True)[:1 + any("with judge" in r for r in results.values())]:
         headlines = {n: r.get("with judge", r["headline"]) if with_judge else r["headline"] for n, r in results.items()}
-        mean = average(headlines)
-        rows.append(line(f"{label}{' + judge' * with_judge}", lambda n: shown(n, headlines[n]), "–" if mean is None else str(mean)))
+        mean = "–" if average(headlines) is None else str(average(headlines))
+        rows.append(line(f"{label}{' + judge' * with_judge}", lambda n: shown(n, headlines[n]), mean))
     rows += [line("  95 % interval, from", lambda n: shown(n, results[n]["interval"][0])),
              line("  to", lambda n: shown(n, results[n]["interval"][1])),
              line("  rows", lambda n: str(results[n]["rows"])),
