@@ -1223,12 +1223,14 @@ def run(args):
             print(f"{args.model} was trained on bare questions: it gets no reasoning template (--no-plain: it does)")
     tables = {name: open_benchmark(args, name) for name in args.benchmarks}
     args.out.mkdir(parents=True, exist_ok=True)
+    asked = {"predictions": args.predictions}                  # what all responses of one table have in common
     if not args.predictions:
         device, dtype = sg.pick_device(args)
         print(f"loading {args.model} on {device}, {dtype}; torch {torch.__version__}, "
               f"transformers {transformers.__version__}")
         model, processor = sg.load_model(args.model, device, dtype, args.max_pixels)
-        weights = fingerprint(model)
+        asked = {"model": args.model, "weights": fingerprint(model), "plain": args.plain,
+                 "max_new_tokens": args.max_new_tokens, "max_pixels": args.max_pixels}
 
     results = {}
     for name, (table, rows, skipped) in tables.items():
@@ -1238,16 +1240,19 @@ def run(args):
             if unknown:
                 raise sg.UserError(f"{args.predictions} answers rows that {table.file} has not: {sorted(unknown)[:5]}")
         else:
-            check_settings(args.out, name, {
-                "model": args.model, "weights": weights, "file": str(table.file), "md5": table.md5, "plain": args.plain,
-                "max_new_tokens": args.max_new_tokens, "max_pixels": args.max_pixels}, args.overwrite)
+            check_settings(args.out, name, asked | {"file": str(table.file), "md5": table.md5}, args.overwrite)
             records = predict(args, name, table, rows, model, processor)
         results[name] = evaluate(args, name, table, rows, records)
         results[name] |= {"without image": skipped, "without response": len(rows) - results[name]["rows"]}
-    report(args, label, results)
+    report(args.out, label, asked, results)
 
 
-def report(args, label, results):
+def report(out, label, asked, results):
+    """Prints and writes the table. Figures of other benchmarks that were asked in the same way before stay in it."""
+    file = out / "scores.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if before.get("asked") == asked:
+        results = before["benchmarks"] | results
     rows = table_rows(results, label)
     notes = [MINIATURE_NOTE] if any(Path(r["file"]).parent.resolve() == MINIATURES for r in results.values()) else []
     for name, r in results.items():
@@ -1257,11 +1262,11 @@ def report(args, label, results):
         if "judge" in r:
             notes.append(f"{name}: {r['judged']} unparsed responses judged by {r['judge']}")
     print("\n" + as_text(rows) + "\n\n" + "\n".join(notes))
-    write_atomically(args.out / "table.md", as_markdown(rows) + "".join(f"\n{note}\n" for note in notes))
+    write_atomically(out / "table.md", as_markdown(rows) + "".join(f"\n{note}\n" for note in notes))
     headlines = {name: r["headline"] for name, r in results.items()}
-    write_atomically(args.out / "scores.json", json.dumps(
-        {"model": label, "average": average(headlines), "benchmarks": results}, indent=1))
-    print(f"\nthe table is in {args.out / 'table.md'}, all parts are in {args.out / 'scores.json'}")
+    write_atomically(file, json.dumps({"model": label, "asked": asked, "average": average(headlines),
+                                       "benchmarks": results}, indent=1))
+    print(f"\nthe table is in {out / 'table.md'}, all parts are in {file}")
 
 
 def main(argv=None):
