@@ -4784,3 +4784,20 @@ def test_answers_of_the_miniatures_are_what_the_images_show(miniatures):
             checked[name] += 1
     assert checked["dynamath"] == 20 and min(checked[name] for name in (
         "mathvista", "mmstar", "mathvision", "chartqa", "mathverse")) >= 6
+
+
+def test_the_examples_of_the_readme_are_scored_as_it_says():
+    """Each row of the table of differences from VLMEvalKit."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    table = text.split("| benchmark | right answer |")[1].split("\n\n")[0].strip().split("\n")[2:]
+    assert len(table) >= 10
+    for line in table:
+        benchmark, gold, response, _, here, _ = (part.strip() for part in line.strip("| ").split(" | "))
+        row = {"index": "VS_chart_0_1_0_0", "question": "How many?", "answer": re.findall("`(.*?)`", gold)[0],
+               "choices": "[]", "question_type": "free-form", "answer_type": "text", "A": "1", "B": "2", "C": "3"}
+        if "precision" in gold:
+            row |= {"answer_type": "float", "precision": gold[-1]}
+        answers = re.findall("`(.*?)`", response)
+        path = "".join(f"### The final answer is: {answer}\n" for answer in answers)
+        score = ev.score("mathvision" if benchmark == "all" else benchmark, row, path)
+        assert score == (here == "right"), line
