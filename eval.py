@@ -884,7 +884,10 @@ def read_jsonl(file):
     whole = data[:data.rfind(b"\n") + 1]
     if whole != data:
         os.truncate(file, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    try:
+        return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    except ValueError as e:
+        raise sg.UserError(f"{file} is damaged ({e}): mend it, or move it away") from None
 
 
 def fingerprint(model):
@@ -1222,7 +1225,10 @@ def run(args):
         if args.plain and not args.predictions:
             print(f"{args.model} was trained on bare questions: it gets no reasoning template (--no-plain: it does)")
     tables = {name: open_benchmark(args, name) for name in args.benchmarks}
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise sg.UserError(f"cannot write to --out {args.out}: {e}") from None
     asked = {"predictions": args.predictions}                  # what all responses of one table have in common
     if not args.predictions:
         device, dtype = sg.pick_device(args)
