@@ -31,7 +31,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -312,13 +311,18 @@ def plain(text):
     return text
 
 
+def shortened(text):
+    """A statement without the reason that is given after it."""
+    return plain(re.sub(r"\s\([^()]*\)\Z", "", _REASON.split(text, maxsplit=1)[0]))
+
+
 def forms(text):
     """A statement, and what is left of it: without the reason given after it, then what stands after 'is' or '=', then
     what stands before 'is', unless something is denied or compared ('Japan has the highest bar')."""
-    short = re.sub(r"\s\([^()]*\)\Z", "", _REASON.split(text, maxsplit=1)[0])
+    short = shortened(text)
     tail = re.split(r"\b(?:is|are|was|were|be|in|equals)\b|=", short)[-1]
     subject = "" if _NO_CLAIM.search(text) else re.split(r"\b(?:is|are|was|were|has|have|had)\b", short)[0]
-    return list(dict.fromkeys(t for t in (text, plain(short), plain(tail), plain(subject)) if t))
+    return list(dict.fromkeys(t for t in (text, short, plain(tail), plain(subject)) if t))
 
 
 # ─── 3. Values: numbers, texts, options ───────────────────────────────────────────────────────────────────────────────
@@ -328,7 +332,8 @@ _SMALL = ("zero one two three four five six seven eight nine ten eleven twelve t
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _NUMBER_WORDS = {word: n for n, word in enumerate(_SMALL)} | {word: 20 + 10 * n for n, word in enumerate(_TENS)}
 _SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "half": 1 / 2, "halves": 1 / 2,
-           "third": 1 / 3, "quarter": 1 / 4, "fourth": 1 / 4, "fifth": 1 / 5}
+           "third": 1 / 3, "quarter": 1 / 4, "fourth": 1 / 4, "fifth": 1 / 5,
+           "sixth": 1 / 6, "seventh": 1 / 7, "eighth": 1 / 8, "ninth": 1 / 9, "tenth": 1 / 10}
 _NUMBER = re.compile(r"-?(?:\d{1,400}(?:\.\d{1,400})?|\.\d{1,400})(?:e[-+]?\d{1,3})?")
 _RANGE = re.compile(r"\d+(?: - -?\d+)+")                       # 2014-2016, 5-2-3-4-1: codes, not differences
 _UNITS = re.compile(rf"(?:(?:{sg._UNIT_WORD})(?: \^ -?[23])?(?: |\Z)){{0,5}}")
@@ -385,11 +390,23 @@ def _atom(tokens):
 
 
 def spell_numbers(text):
-    """Number words as digits: 'sixty-five' → '65'."""
-    words = "|".join(_NUMBER_WORDS)
+    """Number words as digits: 'four thousand two hundred and sixty-five' → '4265', 'two and a half' → '2 1/2'."""
+    def digits(match):
+        total = group = 0
+        for word in re.findall("[a-z]+", match[0].lower()):
+            if word == "hundred":
+                group *= 100
+            elif word in _SCALES:
+                total, group = total + group * int(_SCALES[word]), 0
+            else:
+                group += _NUMBER_WORDS.get(word, 0)            # 'and' adds nothing
+        return str(total + group)
+
     text = re.sub(r"\A(?:a )?(half|third|quarter)\b", r"1 \1", text, flags=re.I)
-    text = re.sub(rf"\b({words})\b", lambda m: str(_NUMBER_WORDS[m[1].lower()]), text, flags=re.I)
-    return re.sub(r"\b([2-9])0[- ]([1-9])\b", r"\1\2", text)
+    words = "|".join(_NUMBER_WORDS)
+    more = rf"(?:[- ]+(?:and )?(?:{words}|hundred|thousand|million|billion)\b)*"
+    text = re.sub(rf"\b(?:{words})\b{more}", digits, text, flags=re.I)
+    return re.sub(r"\b(\d+) and a half\b", r"\1 1/2", text)
 
 
 def quantity(text):
@@ -398,6 +415,7 @@ def quantity(text):
     A number may be followed by words, its unit. Nothing is evaluated as code; what is too long, too deep or too large
     is no number."""
     text = _ABOUT.sub("", spell_numbers(text[:1000])).split("=")[-1]
+    text = re.sub(r"\A\s*(\d{1,3}(?: \d{3})+)\b(?! ?/)", lambda m: m[1].replace(" ", ""), text)      # 8 336 817
     tokens = sg.canonical(_ABOUT.sub("", text.strip())).split()
     if not 0 < len(tokens) <= 60 or _RANGE.fullmatch(" ".join(tokens)):
         return None
@@ -416,9 +434,13 @@ def quantity(text):
 
 def quantities(text):
     """The quantities that a statement equates ('2π/3 ≈ 2.094'), or the only number of a sentence; [] for none."""
-    found = [quantity(part) for form in forms(text)[:2] for part in re.split("[≈≃]", form) if part.strip()]
+    text = text.replace(r"\approx", "≈")
+    found = [quantity(part) for form in (text, shortened(text)) for part in re.split("[≈≃]", form) if part.strip()]
     if any(found):
         return [q for q in found if q]
+    halves = re.split(r"\b(?:is|are|was|were|equals)\b", text)  # In 2014, the value was 14
+    if len(halves) == 2 and quantity(halves[1]) and not _NO_CLAIM.search(text):
+        return [quantity(halves[1])]
     tokens = sg.canonical(spell_numbers(text[:1000])).split()
     numbers = [i for i, token in enumerate(tokens) if _NUMBER.fullmatch(token)]
     if len(numbers) != 1 or _NO_CLAIM.search(text) or not re.search(r"[^\W\d_]{2}", text):       # 12k is no sentence
@@ -431,6 +453,7 @@ def same_words(a, b):
     """One canonical spelling, articles aside; AM or PM may be left out ('13:18 PM')."""
     a, b = (re.sub(r"\A(?:the|an?) +(?=\S)", "", plain(side[:1000]), flags=re.I) for side in (a, b))
     a, b = (re.sub(r" ?_ ?", "", sg.canonical(side)) for side in (a, b))                           # CO_2 is CO2
+    a, b = (re.sub(r"\A0?(\d{1,2}) : 0?(\d{1,2})\b", r"\1 : \2", side) for side in (a, b))          # 04:45 is 4:45
     short_a, short_b = (re.sub(r" [ap]m\Z", "", side) for side in (a, b))
     return bool(a) and (a == b or (short_a == short_b and (a == short_a or b == short_b)))
 
@@ -489,7 +512,7 @@ def chosen(text, options):
     match = _LETTER.match(text) or _LOWER_LETTER.match(text)
     if match:
         letter, rest = (match[1] or match[match.lastindex - 1]).upper(), plain(match[match.lastindex])
-        said = set().union(*(equal(form) for form in forms(rest)[:2]))
+        said = equal(rest) | equal(shortened(rest))
         return {letter} if not said or letter in said else {letter} | said
     match = _LAST_LETTER.fullmatch(text)
     if match:
@@ -570,6 +593,8 @@ _NAME = re.compile(r"\W*([A-Za-z])\W*=")                        # y = -3 is not 
 def grade_value(response, gold, close, question=""):
     """A free-form answer: a list, a number or a text, as the gold one is. close(predicted, gold) compares numbers."""
     items, number = split_list(gold), quantity(gold)
+    if not number and all(map(quantity, split_list(f"[{gold}]"))):         # a list without brackets
+        items = items or split_list(f"[{gold}]")
     if items:
         return grade_list(response, items, close)
     if not number:
@@ -618,7 +643,8 @@ def grade_list(response, gold, close):
 
     found = statements(response)
     for text in found:
-        items = split_list(text) or split_list(f"[{re.sub(' and ', ', ', text)}]")
+        inside = re.findall(r"[\[(][^\[\]()]*,[^\[\]()]*[\])]", text)                               # in a sentence
+        items = split_list(text) or split_list(inside[0] if len(inside) == 1 else f"[{re.sub(' and ', ', ', text)}]")
         if items:
             right = all(map(same, items, gold)) or (not any(map(quantity, gold)) and same_in_any_order(items))
             return grade(text, right and len(items) == len(gold))
@@ -818,6 +844,7 @@ def score(benchmark, row, response):
     By rule, without a judge model. Needs nothing but the row, so other engines' responses can be scored."""
     if row.get("answer") in (None, "") or row["answer"] != row["answer"]:                          # NaN equals nothing
         raise ValueError(f"{benchmark} row: the answer is missing")
+    response = response if isinstance(response, str) else ""   # None or NaN: a call that failed
     try:
         return BENCHMARKS[benchmark].score(row, response)
     except (KeyError, SyntaxError) as e:
@@ -852,12 +879,16 @@ def figures(benchmark, rows, scores, weights=None):
 def clusters_of(benchmark, rows):
     """For each row the number of its cluster, from 0."""
     numbers = {}
-    return [numbers.setdefault(BENCHMARKS[benchmark].cluster(row), len(numbers)) for row in rows]
+    if not rows:
+        raise ValueError("there are no rows")
+    keys = [BENCHMARKS[benchmark].cluster(row) or ("row", i) for i, row in enumerate(rows)]       # no index: by itself
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def summarize(benchmark, rows, scores):
     """rows, and their scores in the same order → {figure: percent}: the paper's headline figure first (of MME points,
-    2,800 at most), then its parts, and `unparsed`, the number of responses that state no answer."""
+    2,800 at most), then its parts, and `unparsed`, the number of responses that state no answer (which the Score
+    objects of `score` remember; plain floats count as parsed). ValueError: no rows."""
     values = {name: value.item() for name, value in figures(benchmark, rows, scores).items()}
     return {**values, "unparsed": sum(getattr(s, "answer", "") is None for s in scores)}
 
@@ -893,7 +924,7 @@ def read_jsonl(file):
 def fingerprint(model):
     """A short text that changes with the weights: 64 of each tensor."""
     sample = [p.detach().flatten()[::max(1, p.numel() // 64)].float().tolist() for p in model.parameters()]
-    return hashlib.md5(repr(sample).encode()).hexdigest()
+    return MD5(repr(sample).encode()).hexdigest()
 
 
 def check_settings(out, benchmark, settings, overwrite):
@@ -906,8 +937,8 @@ def check_settings(out, benchmark, settings, overwrite):
                             if before.get(name) != value)
         raise sg.UserError(f"{predictions} was made otherwise: {changed}. Ask again with --overwrite, or choose "
                            "another folder with --out")
-    if overwrite:
-        predictions.unlink(missing_ok=True)
+    if overwrite and predictions.exists():
+        predictions.replace(out / f"{benchmark}.jsonl.old")
     write_atomically(file, json.dumps({**saved, benchmark: settings}, indent=1))
 
 
@@ -957,9 +988,9 @@ def read_predictions(file):
         raise sg.UserError(f"--predictions {file}: there is no such file")
     try:
         with open(file, encoding="utf-8-sig", newline="") as f:
-            records = list(csv.DictReader(f, delimiter="\t")) if file.suffix == ".tsv" else [
+            records = list(csv.DictReader(f, delimiter="\t", strict=True)) if file.suffix == ".tsv" else [
                 json.loads(line) for line in f if line.strip()]
-    except (ValueError, csv.Error) as e:
+    except (ValueError, OSError, csv.Error) as e:
         raise sg.UserError(f"{file} is no {file.suffix} file: {e}") from None
     found = {}
     for n, record in enumerate(records, 1):
@@ -1065,7 +1096,8 @@ def table_rows(results, label):
                      f"{average(headlines)}"])
     for with_judge in (False, True)[:1 + any("with judge" in r for r in results.values())]:
         headlines = {n: r.get("with judge", r["headline"]) if with_judge else r["headline"] for n, r in results.items()}
-        mean = "–" if average(headlines) is None else str(average(headlines))
+        complete = all(r.get("complete", True) for r in results.values())
+        mean = "–" if average(headlines) is None or not complete else str(average(headlines))
         rows.append(line(f"{label}{' + judge' * with_judge}", lambda n: shown(n, headlines[n]), mean))
     rows += [line("  95 % interval, from", lambda n: shown(n, results[n]["interval"][0])),
              line("  to", lambda n: shown(n, results[n]["interval"][1])),
@@ -1102,12 +1134,14 @@ def parse_arguments(argv):
     p.add_argument("--limit", type=int, default=0, help="only the first N rows of each; 0 = all")
     p.add_argument("--plain", action=argparse.BooleanOptionalAction, default=None,
                    help="the bare question, without the reasoning template; default: as the run was trained, else no")
-    p.add_argument("--max-new-tokens", type=int, default=2048, help="completion limit, tokens (R1-VL's evaluation)")
+    p.add_argument("--max-new-tokens", type=int, default=2048,
+                   help="completion limit, tokens (R1-VL's evaluation); with --model tiny at most 192")
     p.add_argument("--max-pixels", type=int, default=1_003_520, help="larger images are shrunk to this: 1,280 tokens")
     p.add_argument("--batch-size", type=int, default=16, help="questions answered at once")
     p.add_argument("--device", default="auto", help="auto = cuda when there is one, else cpu")
     p.add_argument("--dtype", default="auto", help="auto = bfloat16 on cuda, float32 on cpu")
-    p.add_argument("--out", default="", help="folder of predictions and table; '' = runs/<name of the model>/eval")
+    p.add_argument("--out", default="", help="folder of predictions and table; '' = runs/<name of the model>/eval, "
+                                             "or eval/ beside --predictions")
     p.add_argument("--overwrite", action="store_true", help="ask again where there are predictions already")
     p.add_argument("--predictions", default="", help="score these responses of one benchmark, .jsonl or .tsv, no model")
     p.add_argument("--skip-bad-rows", action="store_true", help="go on without malformed rows")
@@ -1115,7 +1149,9 @@ def parse_arguments(argv):
     p.add_argument("--judge-model", default="", help="its model")
     p.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds its key")
     args = p.parse_args(argv)
-    args.benchmarks = args.benchmarks.replace(" ", "").split(",")
+    args.benchmarks = args.benchmarks.replace(" ", "").strip(",").split(",")
+    if args.data and Path(args.data).is_file():
+        raise sg.UserError(f"--data {args.data} is a file: pass the folder that holds it")
     wrong = [name for name in args.benchmarks if name not in BENCHMARKS]
     if wrong:
         raise sg.UserError(f"no benchmark {', '.join(wrong)}; there are {', '.join(BENCHMARKS)}")
@@ -1142,12 +1178,13 @@ def resolve_tiny(args):
         if (Path(run) / "checkpoint").is_dir():
             return run
     print("runs/tiny is not there (python stepgrpo.py makes it, in ten minutes): training a hasty model for a minute")
-    with tempfile.TemporaryDirectory() as folder:              # moved only when it is done: Ctrl-C leaves nothing half
+    os.makedirs("runs", exist_ok=True)
+    with tempfile.TemporaryDirectory(dir="runs") as folder:    # moved only when it is done: Ctrl-C leaves nothing half
         sizes = "--train 10 --test 5 --warmup 3200".split()
         subprocess.run([sys.executable, sg.HERE / "data" / "shapes.py", "--out", folder, *sizes], check=True)
         sg.main(["--data", f"{folder}/train.json", "--warmup-data", f"{folder}/warmup.json", "--warmup-steps", "400",
                  "--steps", "0", "--held-out", "0", "--out", f"{folder}/run"])
-        shutil.copytree(f"{folder}/run", run)
+        os.replace(f"{folder}/run", run)
         print(f"kept as {run}")
     return run
 
@@ -1202,7 +1239,11 @@ def evaluate(args, benchmark, table, rows, records):
               "unparsed": summary["unparsed"], "file": str(table.file), "md5": table.md5,
               "figures": {name: {"value": value, "interval": spread.get(name)} for name, value in summary.items()}}
     if args.judge and benchmark not in CHOICE_ONLY:
-        judged = summarize(benchmark, rows, judge(args, benchmark, rows, responses, scores))
+        try:
+            judged = summarize(benchmark, rows, judge(args, benchmark, rows, responses, scores))
+        except (RowError, Stop) as e:                          # the figures by rule stand without it
+            tqdm.write(f"{benchmark}: no figure with the judge: {e}")
+            return result
         result |= {"with judge": judged[headline], "judge": args.judge_model, "judged": summary["unparsed"]}
     return result
 
@@ -1218,8 +1259,8 @@ def run(args):
     if args.model == "tiny" and not args.predictions:
         args.model = resolve_tiny(args)
     label = args.predictions or args.model
-    name = Path(args.predictions).stem if args.predictions else Path(args.model).name
-    args.out = Path(args.out or f"runs/{name}/eval")
+    folder = Path(args.predictions).parent if args.predictions else Path("runs") / Path(args.model).name
+    args.out = Path(args.out or folder / "eval")
     if args.plain is None:
         args.plain = trained_plain(args.model)
         if args.plain and not args.predictions:
@@ -1229,14 +1270,18 @@ def run(args):
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise sg.UserError(f"cannot write to --out {args.out}: {e}") from None
-    asked = {"predictions": args.predictions}                  # what all responses of one table have in common
+    # What all responses of one table have in common.
+    asked = {"predictions": str(Path(args.predictions).parent.resolve()) if args.predictions else None}
     if not args.predictions:
         device, dtype = sg.pick_device(args)
         print(f"loading {args.model} on {device}, {dtype}; torch {torch.__version__}, "
               f"transformers {transformers.__version__}")
         model, processor = sg.load_model(args.model, device, dtype, args.max_pixels)
-        asked = {"model": args.model, "weights": fingerprint(model), "plain": args.plain,
-                 "max_new_tokens": args.max_new_tokens, "max_pixels": args.max_pixels}
+        asked = {"weights": fingerprint(model), "plain": args.plain, "max_new_tokens": args.max_new_tokens,
+                 "max_pixels": args.max_pixels}
+        for name, (table, _, _) in tables.items():
+            check_settings(args.out, name, asked | {"md5": table.md5}, args.overwrite)
+    asked |= {"limit": args.limit, "folder": str(tables[args.benchmarks[0]][0].file.parent.resolve())}
 
     results = {}
     for name, (table, rows, skipped) in tables.items():
@@ -1246,10 +1291,11 @@ def run(args):
             if unknown:
                 raise sg.UserError(f"{args.predictions} answers rows that {table.file} has not: {sorted(unknown)[:5]}")
         else:
-            check_settings(args.out, name, asked | {"file": str(table.file), "md5": table.md5}, args.overwrite)
             records = predict(args, name, table, rows, model, processor)
         results[name] = evaluate(args, name, table, rows, records)
-        results[name] |= {"without image": skipped, "without response": len(rows) - results[name]["rows"]}
+        missing = len(rows) - results[name]["rows"]
+        results[name] |= {"without image": skipped, "without response": missing,
+                          "complete": not missing and not args.limit}
     report(args.out, label, asked, results)
 
 
@@ -1286,7 +1332,7 @@ def main(argv=None):
     except (sg.UserError, Stop, RowError) as e:
         sys.exit(f"eval: {e}")
     except KeyboardInterrupt:
-        print("\nstopped. The responses so far are kept: the same command goes on from there")
+        print("\nstopped. The responses so far are kept: the same command goes on from there (leave --overwrite out)")
         sys.exit(130)
 
 

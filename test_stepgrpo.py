@@ -4350,15 +4350,15 @@ def test_scoring_the_models_own_file_changes_no_figure(ask, evaluated, tmp_path,
     assert (evaluated / "chartqa.jsonl").read_bytes() == before
 
 
-def test_predictions_go_to_a_folder_of_their_name_and_some_rows_may_lack_one(miniatures, tmp_path, monkeypatch,
-                                                                             no_model):
+def test_scores_of_predictions_go_beside_them_and_some_rows_may_lack_one(miniatures, tmp_path, monkeypatch, no_model):
     monkeypatch.chdir(tmp_path)
-    write_lines(Path("answers.jsonl"), [{"id": name, "response": text} for name, text in
+    Path("vllm").mkdir()
+    write_lines(Path("vllm/answers.jsonl"), [{"id": name, "response": text} for name, text in
                                         answers_to(cells_of(miniatures, "chartqa"))[:5]])
-    assert run_eval("--benchmarks", "chartqa", "--data", miniatures, "--predictions", "answers.jsonl") == 0
-    (found,) = scores_of("runs/answers/eval").values()
+    assert run_eval("--benchmarks", "chartqa", "--data", miniatures, "--predictions", "vllm/answers.jsonl") == 0
+    (found,) = scores_of("vllm/eval").values()
     assert (found["rows"], found["without response"], found["headline"]) == (5, 11, 60)
-    assert "11 rows without response left out" in Path("runs/answers/eval/table.md").read_text(encoding="utf-8")
+    assert "11 rows without response left out" in Path("vllm/eval/table.md").read_text(encoding="utf-8")
 
 
 def test_a_file_without_images_can_be_scored_but_not_asked(ask, miniatures, tmp_path, no_model):
@@ -4463,7 +4463,7 @@ def test_the_default_command_draws_trains_and_shows_the_table(small_default, tmp
     assert len(small_default) == 1 and batches == []
     shutil.copytree(tmp_path / "runs" / "tiny-hasty", tmp_path / "runs" / "tiny")        # `python stepgrpo.py` was run
     assert run_eval(*flags, "--benchmarks", "mme", "--overwrite") == 0
-    assert scores_of(tmp_path / "runs" / "tiny" / "eval").keys() == {"mme"}
+    assert json.loads((tmp_path / "runs" / "tiny" / "eval" / "scores.json").read_text())["model"] == "runs/tiny"
 
 
 def test_miniatures_are_known_by_any_path_to_them(random_tiny, miniatures, tmp_path, monkeypatch, capsys):
@@ -4542,11 +4542,14 @@ def test_the_judge_gets_what_the_rules_cannot_parse_and_only_that(ask, unclear, 
     assert scores_of(out)["dynamath"]["with judge"] == alone["headline"]
 
 
-def test_a_judge_that_fails_keeps_its_verdicts(ask, unclear, endpoint, tmp_path, no_model):
+def test_a_judge_that_fails_keeps_its_verdicts_and_the_figures_by_rule(ask, unclear, endpoint, tmp_path, no_model,
+                                                                       capsys):
     file, unparsed = unclear
     endpoint.faults.extend(["right", "right", (401, {}, "bad key")])
-    refused = ask("dynamath", "--predictions", file, *judge_flags(endpoint, tmp_path / "out"))
-    assert "HTTP 401" in refused and "bad key" in refused and len(refused.splitlines()) == 1
+    assert ask("dynamath", "--predictions", file, *judge_flags(endpoint, tmp_path / "out")) == 0
+    printed = "".join(capsys.readouterr())
+    assert "dynamath: no figure with the judge" in printed and "HTTP 401" in printed and "bad key" in printed
+    assert "with judge" not in scores_of(tmp_path / "out")["dynamath"]
     endpoint.faults.extend(["wrong"] * (len(unparsed) - 2))
     assert ask("dynamath", "--predictions", file, *judge_flags(endpoint, tmp_path / "out")) == 0
     assert len(endpoint.asked) == len(unparsed) + 1 and not endpoint.faults
@@ -4801,3 +4804,35 @@ def test_the_examples_of_the_readme_are_scored_as_it_says():
         path = "".join(f"### The final answer is: {answer}\n" for answer in answers)
         score = ev.score("mathvision" if benchmark == "all" else benchmark, row, path)
         assert score == (here == "right"), line
+
+
+@pytest.mark.parametrize("response, gold, right", [
+    ("In 2014, the value was 14.", "14", True), ("There were 14 in 2014.", "2014", False),
+    ("The highest value is 14 in 2014.", "2010", False), ("It grew by 20 in 5 years", "5", False),
+    ("four thousand two hundred and fifty", "4250", True), ("8 336 817", "8336817", True)])
+def test_a_year_beside_the_number_is_not_the_answer(response, gold, right):
+    row = {"index": 0, "question": "How many?", "answer": gold, "split": "test_human"}
+    assert ev.score("chartqa", row, f"### The final answer is: {response}") == right
+
+
+def test_a_conflict_of_settings_is_found_before_anything_is_asked(ask, tmp_path):
+    assert ask("mme", "--limit", 2) == 0
+    with counted() as batches:
+        assert "mme.jsonl was made otherwise" in ask("chartqa,mme", "--limit", 2, "--max-new-tokens", 5)
+    assert batches == []
+
+
+def test_overwrite_keeps_the_old_responses_and_a_part_has_no_average(ask, tmp_path):
+    assert ask(",".join(ev.PAPER), "--limit", 2) == 0
+    before = (tmp_path / "out" / "mme.jsonl").read_bytes()
+    (ours,) = [line for line in (tmp_path / "out" / "table.md").read_text(encoding="utf-8").split("\n") if "tiny" in line]
+    assert ours.rstrip("| ").endswith("–")
+    assert ask("mme", "--limit", 2, "--overwrite") == 0
+    assert (tmp_path / "out" / "mme.jsonl.old").read_bytes() == before
+
+
+def test_responses_that_failed_and_empty_sets(tmp_path):
+    row = {"index": 0, "question": "?", "answer": "Yes"}
+    assert ev.score("mme", row, None) == ev.score("mme", row, float("nan")) == 0
+    with pytest.raises(ValueError, match="no rows"):
+        ev.summarize("mme", [], [])
