@@ -4825,7 +4825,8 @@ def test_a_conflict_of_settings_is_found_before_anything_is_asked(ask, tmp_path)
 def test_overwrite_keeps_the_old_responses_and_a_part_has_no_average(ask, tmp_path):
     assert ask(",".join(ev.PAPER), "--limit", 2) == 0
     before = (tmp_path / "out" / "mme.jsonl").read_bytes()
-    (ours,) = [line for line in (tmp_path / "out" / "table.md").read_text(encoding="utf-8").split("\n") if "tiny" in line]
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8").split("\n")
+    (ours,) = [line for line in table if "tiny" in line]
     assert ours.rstrip("| ").endswith("–")
     assert ask("mme", "--limit", 2, "--overwrite") == 0
     assert (tmp_path / "out" / "mme.jsonl.old").read_bytes() == before
