@@ -60,13 +60,15 @@ from typing import NamedTuple
 
 import huggingface_hub
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, DynamicCache, Qwen2Tokenizer,
-                          Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Qwen2Tokenizer, Qwen2VLConfig,
+                          Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
 HERE = Path(__file__).resolve().parent
 
@@ -163,6 +165,7 @@ class Config:
 
     micro_batch: int = knob(1, "questions per forward and backward; any number gives the same gradient (memory, speed)")
     gradient_checkpointing: bool = knob(True, "recompute activations in backward: less memory, one more forward")
+    cuda_graph: bool = knob(True, "on cuda: capture the decoding step as a CUDA graph (faster sampling, same tokens)")
     offload_optimizer: bool = knob(False, "keep fp32 weights, gradients and moments in host memory (24 GB GPUs)")
     save_every: int = knob(100, "updates between checkpoints")
     show_every: int = knob(10, "updates between two printed sample paths")
@@ -305,7 +308,8 @@ def parse_record(where, record, folder):
 
 def read_rows(source, needs_key_steps=False):
     """File or Hub id → (rows, complaints); a complaint is '(file) (row): what is wrong'."""
-    file = find_data(source)
+    with first_rank_first():
+        file = find_data(source)
     rows, complaints = [], []
     for where, record in read_records(file):
         try:
@@ -889,7 +893,7 @@ def build_tiny(folder, texts, seed):
 
 
 def embed(model, ids, is_image, prompts):
-    """Token embeddings with image features in their places: ids (Q, T) → (Q, T, H). One pass of the vision tower."""
+    """Token embeddings with image features in their places: ids (N,) → (N, H). One pass of the vision tower."""
     embeds = model.get_input_embeddings()(ids)
     pixels = [p.pixels for p in prompts if p.pixels is not None]
     if pixels:
@@ -899,17 +903,123 @@ def embed(model, ids, is_image, prompts):
     return embeds
 
 
-def additive(allowed, dtype):
-    """Boolean mask → what attention adds to its scores. (A boolean one is silently wrong with eager attention.)"""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
-
-
 def tempered_logps(logits, temperature, banned):
     """log-softmax of logits / T without the banned ids, fp32: what is sampled from, and what log-prob means here."""
     return torch.log_softmax((logits.float() / temperature).masked_fill(banned, -torch.inf), -1)
 
 
-# ─── 7. Rollout with a KV cache ───────────────────────────────────────────────────────────────────────────────────────
+# ─── 7. The language model's forward: a prompt once, its G paths beside it ────────────────────────────────────────────
+
+# transformers' own forward knows no prompt that G paths share: it would encode it G times, or attend over all N × N
+# pairs of a packed row. So the few lines of a Qwen2 layer stand here, over the modules and weights of the loaded model,
+# with the attention as an argument. The tests compare it with transformers' forward, image by image and path by path.
+
+class Packed(NamedTuple):
+    """Q prompts and the G paths that go on from each, as one row of N tokens without padding: prompts, then paths.
+
+    A path's last token is predicted, never fed, so a path of C tokens has C − 1 here. Attention needs padded tensors:
+    the `_at` tensors say where in the row each of their places is found (padding: at 0, and False in the mask).
+    """
+    ids: torch.Tensor                # (N,)
+    positions: torch.Tensor          # (3, N) M-RoPE
+    is_image: torch.Tensor           # (N,) bool
+    prompt_at: torch.Tensor          # (Q, P)
+    prompt_mask: torch.Tensor        # (Q, P) bool
+    path_at: torch.Tensor            # (Q, G, C − 1)
+    unpad: torch.Tensor              # (N,) where each token stands in the flat padded tensors, prompts then paths
+
+
+def pack(prompts, paths):
+    """Q prompts and Q lists of G paths (C,), or of none → Packed, on the CPU."""
+    fed = [path[:-1] for group in paths for path in group]
+    after = [p.positions[:, -1:] + torch.arange(1, len(path)) for p, group in zip(prompts, paths) for path in group]
+    ids = torch.cat([p.ids for p in prompts] + fed)
+    is_image = torch.cat([p.is_image for p in prompts] + [torch.zeros_like(path, dtype=torch.bool) for path in fed])
+    lengths = torch.tensor([len(row) for row in [p.ids for p in prompts] + fed])
+    starts = (lengths.cumsum(0) - lengths)[:, None]
+
+    def places(rows):
+        columns = torch.arange(int(lengths[rows].max()) if len(lengths[rows]) else 0)
+        mask = columns < lengths[rows, None]
+        return torch.where(mask, starts[rows] + columns, 0), mask
+    Q = len(prompts)
+    prompt_at, prompt_mask = places(slice(Q))                                                       # (Q, P)
+    path_at, path_mask = places(slice(Q, None))                                                     # (Q·G, C − 1)
+    return Packed(ids, torch.cat([p.positions for p in prompts] + after, 1), is_image, prompt_at, prompt_mask,
+                  path_at.unflatten(0, (Q, len(paths[0]))), torch.cat([prompt_mask.flatten(), path_mask.flatten()])
+                  .nonzero()[:, 0])
+
+
+def rms_norm(module, x):
+    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+
+
+def rope_tables(model, positions, dtype):
+    """positions (3, N) → cos, sin (N, 1, D), the signs of `rotate` included in sin."""
+    cos, sin = model.model.language_model.rotary_emb(torch.empty(0, device=positions.device), positions[:, None])
+    half = sin.shape[-1] // 2
+    sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+    return cos[0, :, None].to(dtype), sin[0, :, None].to(dtype)
+
+
+def rotate(x, cos, sin):
+    """RoPE of the pairs (x[i], x[i + D / 2]): x, cos, sin (…, D) → (…, D); sin negated in its first half."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def decoder_layer(layer, x, cos, sin, attend):
+    """One layer of Qwen2 on tokens x (N, H) → (N, H). attend(layer, q, k, v): (N, heads, D) each → (N, heads, D)."""
+    attention, normed = layer.self_attn, rms_norm(layer.input_layernorm, x)
+    D = attention.head_dim
+    q, k, v = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    q_and_k = rotate(torch.cat([q, k], -1).unflatten(-1, (-1, D)), cos, sin)    # one rotation is cheaper than two
+    q, k = q_and_k.split([q.shape[-1] // D, k.shape[-1] // D], -2)
+    x = x + attention.o_proj(attend(layer, q, k, v.unflatten(-1, (-1, D))).flatten(-2))
+    return x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
+
+
+def attention(q, k, v, **masking):
+    """Softmax attention of queries (B, T, heads, D) over keys and values (B, S, fewer heads, D) → (B, T, heads, D)."""
+    repeats = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)))
+    return F.scaled_dot_product_attention(q, k, v, **masking).transpose(1, 2)
+
+
+def packed_attention(packed, path_bias, layer, q, k, v):
+    """Prompts see themselves; each path sees its prompt and itself. q (N, heads, D), k and v (N, fewer heads, D).
+
+    P² + G·C·(P + C) scores per question instead of G·(P + C)² path by path. Padding is on the right, where no real
+    query looks under a causal mask. path_bias (Q·G, 1, C, P + C) hides the padding of prompts from the paths.
+    """
+    prompt_k, prompt_v = k[packed.prompt_at], v[packed.prompt_at]                            # (Q, P, fewer heads, D)
+    out = attention(q[packed.prompt_at], prompt_k, prompt_v, is_causal=True).flatten(0, 1)   # (Q·P, heads, D)
+    if packed.path_at.numel():
+        G = packed.path_at.shape[1]
+        seen = (torch.cat([prompt[:, None].expand(-1, G, -1, -1, -1), own[packed.path_at]], 2).flatten(0, 1)
+                for prompt, own in ((prompt_k, k), (prompt_v, v)))                     # (Q·G, P + C, fewer heads, D)
+        paths = attention(q[packed.path_at].flatten(0, 1), *seen, attn_mask=path_bias)       # (Q·G, C, heads, D)
+        out = torch.cat([out, paths.flatten(0, 1)])
+    return out[packed.unpad]                                                                 # (N, heads, D)
+
+
+def run_packed(model, packed, prompts, attend=packed_attention):
+    """Packed, on the model's device → hidden states (N, H), before the last norm. One pass of the vision tower."""
+    x = embed(model, packed.ids, packed.is_image, prompts)
+    cos, sin = rope_tables(model, packed.positions, x.dtype)
+    (Q, G, C), P = packed.path_at.shape, packed.prompt_at.shape[1]
+    visible = torch.cat([packed.prompt_mask[:, None].expand(Q, C, P),
+                         packed.prompt_mask.new_ones(C, C).tril().expand(Q, C, C)], -1)             # (Q, C, P + C)
+    bias = torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, torch.finfo(x.dtype).min)
+    attend = functools.partial(attend, packed, bias.repeat_interleave(G, 0)[:, None])
+    for layer in model.model.language_model.layers:
+        if model.training and layer.gradient_checkpointing:
+            x = checkpoint(decoder_layer, layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = decoder_layer(layer, x, cos, sin, attend)
+    return x
+
+
+# ─── 8. Rollout with a KV cache ───────────────────────────────────────────────────────────────────────────────────────
 
 class Rollout(NamedTuple):
     """What `rollout` sampled: for each of Q questions a list of G paths."""
@@ -918,72 +1028,173 @@ class Rollout(NamedTuple):
     logps: list      # of G tensors (C,): log-prob of each token as it was sampled
 
 
-@torch.no_grad()
-def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1.2, generator=None, bar=None):
+class Decoder:
+    """The KV cache of B = Q·G paths and `step`, which samples one token for each of them.
+
+    Keys and values of a prompt are kept once, for all G paths of its question; those of the paths stand in buffers of
+    their full length from the start. `step` reads and writes tensors only, which stay where they are in memory, and
+    asks nothing of the device: so on CUDA it can be captured as a graph once and replayed for every token of every
+    rollout of this shape. Without that, some 800 kernels per token wait for Python.
+
+    The cache has the axes (Q, h, G, C, D), h key-value heads with r = heads / h query heads each: like this the queries
+    of a question, (Q, h, G·r, D), meet its prompt's keys in one matmul that reads them once.
+    """
+
+    def __init__(self, model, processor, Q, G, P, C, temperature):
+        config, device, dtype, B = model.config.get_text_config(), model.device, model.dtype, Q * G
+        h, D = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        self.model, self.layers, self.temperature = model, model.model.language_model.layers, temperature
+        self.shape = G, P, h, config.num_attention_heads // h, D
+
+        def zeros(*shape, dtype=dtype):                        # not empty: attention multiplies what it masks by 0
+            return torch.zeros(shape, dtype=dtype, device=device)
+        self.prompt_cache = [(zeros(Q, h, P, D), zeros(Q, h, P, D)) for _ in self.layers]
+        self.path_cache = [(zeros(Q, h, G, C, D), zeros(Q, h, G, C, D)) for _ in self.layers]
+        self.prompt_bias = zeros(Q, 1, 1, 1, P)                # hides the padding of shorter prompts
+        self.cos, self.sin = zeros(C, B, 1, D), zeros(C, B, 1, D)                  # of each path's positions to come
+        self.uniform = zeros(C, B, dtype=torch.float32)        # a random number in (0, 1] for each token to come
+        self.hidden = zeros(B, config.hidden_size)             # what the next token is predicted from
+        self.c = zeros(1, dtype=torch.long)                    # tokens so far; on the device, for the graph to count up
+        self.ended = zeros(B, dtype=torch.bool)
+        self.row = torch.arange(B, device=device)              # of the outputs, for each path still in the batch
+        self.ids, self.logps = zeros(C, B, dtype=torch.long), zeros(C, B, dtype=torch.float32)     # the outputs
+        self.columns = torch.arange(C, device=device)
+        self.banned, self.eos = processor.banned.to(device), torch.tensor(processor.eos, device=device)
+        # Attention reads the path cache up to c, rounded up: a graph is bound to one length. Few lengths, few graphs.
+        self.block = 128 if device.type == "cuda" else 16
+        self.graphs = {}
+
+    def prefill(self, prompts, uniform):
+        """Encodes the prompts, each once, and starts over. uniform (Q, G, C): a random number in (0, 1] per token."""
+        packed = Packed(*(x.to(self.hidden.device) for x in pack(prompts, [[] for _ in prompts])))
+        real, at = packed.prompt_mask, packed.prompt_at                                             # (Q, P)
+
+        def attend(packed, bias, layer, q, k, v):
+            for cache, new in zip(self.prompt_cache[layer.self_attn.layer_idx], (k, v)):
+                cache[:, :, :at.shape[1]] = new[at].transpose(1, 2)
+            return packed_attention(packed, bias, layer, q, k, v)
+        x, G = run_packed(self.model, packed, prompts, attend), self.shape[0]
+        last = torch.tensor([len(p.ids) for p in prompts], device=x.device).cumsum(0) - 1
+        self.hidden.copy_(x[last].repeat_interleave(G, 0))                                          # (B, H)
+        self.prompt_bias.fill_(torch.finfo(x.dtype).min)[..., :at.shape[1]].masked_fill_(real[:, None, None, None], 0)
+        first = packed.positions[:, last].repeat_interleave(G, 1) + 1                               # (3, B)
+        positions = first[:, None] + self.columns[:, None]                                          # (3, C, B)
+        for table, new in zip((self.cos, self.sin), rope_tables(self.model, positions.flatten(1), x.dtype)):
+            table.copy_(new.view_as(table))
+        self.uniform.copy_(uniform.flatten(0, 1).T)
+        self.c.zero_()
+        self.ended.zero_()
+
+    def attend(self, length, bias, layer, q, k, v):
+        """One token of each path over its prompt and what the path has said: q (B, heads, D) → (B, heads, D)."""
+        (G, P, h, r, D), (own_k, own_v) = self.shape, self.path_cache[layer.self_attn.layer_idx]
+        prompt_k, prompt_v = self.prompt_cache[layer.self_attn.layer_idx]
+        q = (q * D ** -.5).view(-1, G, h, r, D).transpose(1, 2)                                     # (Q, h, G, r, D)
+        for cache, new in ((own_k, k), (own_v, v)):
+            cache.index_copy_(3, self.c, new.view(-1, G, h, 1, D).transpose(1, 2))
+        own_k, own_v = own_k[..., :length, :], own_v[..., :length, :]                         # (Q, h, G, length, D)
+        scores = torch.cat([(q.flatten(2, 3) @ prompt_k.mT).unflatten(2, (G, r)), q @ own_k.mT], -1)
+        weights = torch.softmax(scores + bias, -1)                                           # (Q, h, G, r, P + length)
+        out = (weights[..., :P].flatten(2, 3) @ prompt_v).unflatten(2, (G, r)) + weights[..., P:] @ own_v
+        return out.transpose(1, 2).reshape(len(q) * G, h * r, D)
+
+    def step(self, length):
+        """Samples token c of each path and feeds it, with path caches read up to `length` > c. Counts c up."""
+        lm, c = self.model.model.language_model, self.c
+        logps = tempered_logps(self.model.lm_head(rms_norm(lm.norm, self.hidden)), self.temperature or 1.0, self.banned)
+        token = best = logps.argmax(-1)                                                             # (B,)
+        if self.temperature:                                   # inverse CDF: one random number per path, not V
+            cdf = logps.exp().cumsum(-1)                                                            # (B, V)
+            token = torch.searchsorted(cdf, self.uniform.index_select(0, c).T * cdf[:, -1:])[:, 0]
+            token = torch.where(self.banned[token], best, token)       # a parallel sum may round into an id of share 0
+        at = c * self.ids.shape[1] + self.row
+        self.ids.view(-1).index_copy_(0, at, token)
+        self.logps.view(-1).index_copy_(0, at, logps.gather(1, token[:, None])[:, 0])
+        self.ended |= (token[:, None] == self.eos).any(1)
+        future = torch.where(self.columns[:length] > c, torch.finfo(self.hidden.dtype).min, 0.0).to(self.hidden.dtype)
+        bias = torch.cat([self.prompt_bias, future.expand(*self.prompt_bias.shape[:-1], length)], -1)
+        cos, sin = self.cos.index_select(0, c)[0], self.sin.index_select(0, c)[0]                   # (B, 1, D)
+        x, attend = self.model.get_input_embeddings()(token), functools.partial(self.attend, length, bias)
+        for layer in self.layers:
+            x = decoder_layer(layer, x, cos, sin, attend)
+        self.hidden.copy_(x)
+        c += 1
+
+    def capture(self):
+        """Captures `step` as a CUDA graph for each length. Before the first prefill: it leaves junk in the buffers."""
+        pool = torch.cuda.graph_pool_handle()                  # graphs that never run at once can share their memory
+        for length in range(self.block, len(self.ids) + self.block, self.block):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):                      # once outside the graph: libraries set themselves up
+                self.c.zero_()
+                self.step(min(length, len(self.ids)))
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self.step(min(length, len(self.ids)))
+            self.graphs[min(length, len(self.ids))] = graph.replay
+
+    def advance(self, c):
+        """Token c, by graph if there is one."""
+        length = min(len(self.ids), (c // self.block + 1) * self.block)
+        self.graphs.get(length, functools.partial(self.step, length))()
+
+    def keep(self, questions):
+        """Goes on with these questions only, (number,) indices: the others have ended."""
+        G = self.shape[0]
+        paths = (questions[:, None] * G + torch.arange(G, device=questions.device)).flatten()
+        self.prompt_cache, self.path_cache = ([tuple(x[questions] for x in pair) for pair in cache]
+                                              for cache in (self.prompt_cache, self.path_cache))
+        self.prompt_bias, self.hidden, self.ended = self.prompt_bias[questions], self.hidden[paths], self.ended[paths]
+        self.cos, self.sin, self.uniform = self.cos[:, paths], self.sin[:, paths], self.uniform[:, paths]
+        self.row = self.row[paths]
+
+
+@functools.lru_cache(maxsize=1)
+def captured_decoder(model, processor, Q, G, P, C, temperature):
+    """A Decoder that stays for the next rollout of its shape, with its buffers (0.5 GB for 16 long paths of a 2B)."""
+    decoder = Decoder(model, processor, Q, G, P, C, temperature)
+    if model.device.type == "cuda":                            # elsewhere, in the tests, the same steps run uncaptured
+        decoder.capture()
+    return decoder
+
+
+def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1.2, seeds=None, bar=None,
+            constant_shape=None):
     """Samples `group_size` paths for each of Q prompts → Rollout. temperature 0 is greedy (log-probs then at 1).
 
-    Image and prompt are encoded once per question; then its part of the KV cache is repeated for its G paths, and each
-    step feeds one token per path. A path ends at either EOS or after max_new_tokens. generator: of the model's device.
-    The checkpoint's generation_config (the published one has top_k 1) plays no part. RuntimeError without a cache,
-    NonFinite when the model has run away.
+    Image and prompt are encoded once per question. A path ends at either EOS or after max_new_tokens; a question leaves
+    the batch when all its paths have ended. seeds: Q numbers, one per question, so that its paths are the same in
+    whatever batch it is asked; None: others each time. The checkpoint's generation_config (the published one has top_k
+    1) plays no part. constant_shape: no question leaves, so that CUDA can replay a captured step; None: on CUDA only.
+    NonFinite when the model has run away. Needs Decoder, captured_decoder and section 7.
     """
-    device, Q, B = model.device, len(prompts), len(prompts) * group_size
-    was_training = model.training
-    model.eval()                     # in train() gradient checkpointing would drop the cache, with only a warning
-    P = max(len(p.ids) for p in prompts)
-    ids, positions = torch.zeros(Q, P, dtype=torch.long), torch.zeros(3, Q, P, dtype=torch.long)
-    real, is_image = torch.zeros(Q, P, dtype=torch.bool), torch.zeros(Q, P, dtype=torch.bool)
-    for q, p in enumerate(prompts):                        # padded on the left, so that all prompts end together
-        at = slice(P - len(p.ids), P)
-        ids[q, at], positions[:, q, at], real[q, at], is_image[q, at] = p.ids, p.positions, True, p.is_image
-    ids, positions, real, is_image, banned = (x.to(device) for x in (ids, positions, real, is_image, processor.banned))
-
-    # Prefill. A padded query may see itself, which keeps its softmax finite; nobody else ever sees it.
-    causal = torch.ones(P, P, dtype=torch.bool, device=device).tril()
-    itself = torch.eye(P, dtype=torch.bool, device=device)
-    allowed = causal & real[:, None] | itself                                                       # (Q, P, P)
-    decoder, cache, embeds = model.model.language_model, DynamicCache(), embed(model, ids, is_image, prompts)
-    mask = additive(allowed, embeds.dtype)[:, None]                                                 # (Q, 1, P, P)
-    hidden = decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache,
-                     use_cache=True).last_hidden_state[:, -1]                                       # (Q, H)
-    if cache.get_seq_length() != P:
-        raise RuntimeError("the model kept no KV cache of the prompt: is gradient checkpointing active in eval mode?")
-
-    # From here on one row per path. A row leaves the batch when its path has ended, so B shrinks; `row` remembers whose
-    # each one is.
-    cache.batch_repeat_interleave(group_size)
-    hidden = hidden.repeat_interleave(group_size, 0)                                                # (B, H)
-    position = (positions[:, :, -1:] + 1).repeat_interleave(group_size, 1)                          # (3, B, 1)
-    visible = torch.cat([real, real.new_ones(Q, max_new_tokens)], 1).repeat_interleave(group_size, 0)
-    mask = additive(visible, embeds.dtype)[:, None, None]                                           # (B, 1, 1, P + C)
-    row, ended = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-    eos = torch.tensor(processor.eos, device=device)
-    out_ids = torch.full((B, max_new_tokens), processor.eos[0], device=device)
-    out_logps = torch.zeros(B, max_new_tokens, device=device)
-    for c in range(max_new_tokens):
-        logps = tempered_logps(model.lm_head(hidden), temperature or 1.0, banned)                   # (B, V)
-        if c == 0 and logps.isnan().any():
-            raise NonFinite("the policy's log-probs are nan", harmed=True)
-        token = logps.argmax(-1, keepdim=True)                                                      # (B, 1)
-        if temperature:
-            token = torch.multinomial(logps.exp(), 1, generator=generator)
-        out_ids[row, c], out_logps[row, c] = token[:, 0], logps.gather(1, token)[:, 0]
-        ended |= torch.isin(token[:, 0], eos)
-        if bar is not None:
-            bar.update(len(row))
-        if c % 8 == 7 and ended.any():                     # asking the device is a sync: not at every token
-            stay = (~ended).nonzero()[:, 0]
-            if len(stay) == 0:
-                break
-            cache.batch_select_indices(stay)
-            row, token, position, mask, ended = row[stay], token[stay], position[:, stay], mask[stay], ended[stay]
-        if c + 1 < max_new_tokens:
-            hidden = decoder(inputs_embeds=model.get_input_embeddings()(token), position_ids=position,
-                             attention_mask=mask[..., :P + c + 1], past_key_values=cache,
-                             use_cache=True).last_hidden_state[:, -1]
-            position = position + 1
+    Q, P, was_training = len(prompts), max(len(p.ids) for p in prompts), model.training
+    if constant_shape is None:
+        constant_shape = model.device.type == "cuda"
+    generators = [None] * Q if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniform = torch.stack([1 - torch.rand(group_size, max_new_tokens, generator=g) for g in generators])   # (Q, G, C)
+    model.eval()
+    with torch.inference_mode():                               # as no_grad, and less to do for each small operation
+        P = -(-P // 128) * 128 if constant_shape else P        # few shapes, few captures
+        make = captured_decoder if constant_shape else Decoder
+        decoder = make(model, processor, Q, group_size, P, max_new_tokens, temperature)
+        decoder.prefill(prompts, uniform)
+        if decoder.hidden.isnan().any():
+            raise NonFinite("the policy's hidden states are nan", harmed=True)
+        for c in range(max_new_tokens):
+            decoder.advance(c)
+            if bar is not None:
+                bar.update(len(decoder.row))
+            if c % 8 == 7:                                     # asking the device is a sync: not at every token
+                going = (~decoder.ended).view(-1, group_size).any(1)                                # (Q,)
+                if not going.any():
+                    break
+                if not constant_shape and not going.all():
+                    decoder.keep(going.nonzero()[:, 0])
     model.train(was_training)
-    return cut_at_eos(processor, out_ids.cpu(), out_logps.cpu(), group_size)
+    return cut_at_eos(processor, decoder.ids.T.to("cpu", copy=True), decoder.logps.T.to("cpu", copy=True), group_size)
 
 
 def cut_at_eos(processor, ids, logps, group_size):
@@ -994,45 +1205,29 @@ def cut_at_eos(processor, ids, logps, group_size):
     return Rollout(*(chunks(x, group_size) for x in (ids, [processor.decode(path) for path in ids], logps)))
 
 
-# ─── 8. Log-probs and the objective ───────────────────────────────────────────────────────────────────────────────────
+# ─── 9. Log-probs and the objective ───────────────────────────────────────────────────────────────────────────────────
 
 def path_logps(model, processor, prompts, paths, temperature=1.0):
     """Log-probs of all paths' tokens. prompts: Q of them; paths: Q lists of G tensors (C,) → logps, mask (Q, G, C).
 
-    One packed row per question: image and prompt once, then the inputs of its G paths side by side. Each path sees the
-    prompt and itself, and each starts at the position after the prompt, so the result equals that of G separate
-    forwards. Rows and paths are padded on the right; mask is True on tokens, logps is 0 elsewhere. For fine-tuning on
-    reference paths G is 1. Inputs are left unchanged.
+    One packed forward: image and prompt once, then the G paths, each of which sees the prompt and itself and starts at
+    the position after it, so the result equals that of G separate forwards. mask is True on tokens, logps is 0
+    elsewhere. For fine-tuning on reference paths G is 1. Inputs are left unchanged. Needs token_logps and section 7.
     """
-    device, Q, G = model.device, len(prompts), len(paths[0])
-    C = max(len(path) for group in paths for path in group)
-    L = max(len(p.ids) + sum(len(path) - 1 for path in group) for p, group in zip(prompts, paths))
-    ids, positions = torch.zeros(Q, L, dtype=torch.long), torch.zeros(3, Q, L, dtype=torch.long)
-    segment, is_image = torch.full((Q, L), -1), torch.zeros(Q, L, dtype=torch.bool)  # 0 prompt, g + 1 path, -1 padding
-    target, source = torch.zeros(2, Q, G, C, dtype=torch.long)         # source: where the state that predicts it stands
-    mask = torch.zeros(Q, G, C, dtype=torch.bool)
-    for q, (p, group) in enumerate(zip(prompts, paths)):
-        P = end = len(p.ids)
-        ids[q, :P], positions[:, q, :P], segment[q, :P], is_image[q, :P] = p.ids, p.positions, 0, p.is_image
-        for g, path in enumerate(group):
-            n = len(path) - 1                              # the last token is predicted, never fed
-            at = slice(end, end + n)
-            ids[q, at], segment[q, at] = path[:-1], g + 1
-            positions[:, q, at] = p.positions[:, -1:] + 1 + torch.arange(n)
-            target[q, g, :n + 1], mask[q, g, :n + 1] = path, True
-            source[q, g, 0], source[q, g, 1:n + 1] = P - 1, torch.arange(end, end + n)     # first: the prompt's end
-            end += n
-    ids, positions, segment, is_image, target, source, mask, banned = (
-        x.to(device) for x in (ids, positions, segment, is_image, target, source, mask, processor.banned))
-    causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
-    allowed = causal & ((segment[:, None] == 0) | (segment[:, None] == segment[:, :, None]))        # (Q, L, L)
-    embeds = embed(model, ids, is_image, prompts)                                                   # (Q, L, H)
-    hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False,
-                                        attention_mask=additive(allowed, embeds.dtype)[:, None]).last_hidden_state
-    hidden = hidden[torch.arange(Q, device=device).repeat_interleave(mask.sum((1, 2))), source[mask]]   # (tokens, H)
-    logps = torch.zeros(Q, G, C, device=device)
-    logps[mask] = token_logps(model.lm_head, hidden, target[mask], temperature, banned)
-    return logps, mask
+    Q, G, device = len(prompts), len(paths[0]), model.device
+    flat, packed = [path for group in paths for path in group], pack(prompts, paths)
+    lengths = torch.tensor([len(path) for path in flat])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]                                      # (Q·G, C)
+    # The state that predicts a token stands one token before it; that of a path's first token at its prompt's end.
+    source = torch.zeros_like(mask, dtype=torch.long)
+    source[:, 0] = torch.tensor([len(p.ids) for p in prompts]).cumsum(0).sub(1).repeat_interleave(G)
+    source[:, 1:] = packed.path_at.flatten(0, 1)
+    source, target, place = (x.to(device) for x in (source[mask], torch.cat(flat), mask.flatten().nonzero()[:, 0]))
+    hidden = run_packed(model, Packed(*(x.to(device) for x in packed)), prompts)[source]            # (tokens, H)
+    hidden = rms_norm(model.model.language_model.norm, hidden)
+    logps = token_logps(model.lm_head, hidden, target, temperature, processor.banned.to(device))    # (tokens,)
+    logps = logps.new_zeros(mask.numel()).index_copy(0, place, logps)
+    return logps.view(Q, G, -1), mask.view(Q, G, -1).to(device)
 
 
 def token_logps(head, hidden, targets, temperature, banned, chunk=512):
@@ -1081,61 +1276,155 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip=0.2, beta=0.04
     return -mean(gain - beta * kl), {name: value.item() for name, value in stats.items()}
 
 
-# ─── 9. Optimiser, run folder, checkpoints ────────────────────────────────────────────────────────────────────────────
+# ─── 10. Ranks, optimiser, run folder ────────────────────────────────────────────────────────────────────────────
 
-class MasterAdamW:
-    """AdamW in fp32 over a model of any dtype, without weight decay (official code).
+# One process per GPU under torchrun, which sets these variables; without it there is one. A rank takes its share of the
+# questions, and a group stays whole. What ranks must agree on goes through `over_ranks`, so all must call it alike.
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def over_ranks(numbers, op=dist.ReduceOp.SUM):
+    """A list of numbers → their sums (or op) over all ranks."""
+    if ranks() == 1:
+        return [float(x) for x in numbers]
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(numbers, op)
+    return numbers.tolist()
+
+
+def barrier():
+    over_ranks([0])
+
+
+@contextlib.contextmanager
+def first_rank_first():
+    """The others wait outside until rank 0 has left: what it draws, downloads or renames is then there for them."""
+    if rank():
+        barrier()
+    yield
+    if not rank():
+        barrier()
+
+
+def join_ranks(cfg):
+    """Joins the other processes of torchrun, if there are any, and keeps all but the first one quiet."""
+    N = int(os.environ.get("WORLD_SIZE", 1))
+    if N == 1 or dist.is_initialized():
+        return
+    for name in ("questions", "warmup_batch"):
+        if getattr(cfg, name) % N:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} cannot be shared evenly by {N} processes")
+    cuda = torch.cuda.is_available() and cfg.device != "cpu"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+class Masters(torch.optim.Optimizer):
+    """AdamW in fp32 over parameters of any dtype, without weight decay (official code).
 
     A step of 1e-6 vanishes when it is added to a bf16 weight near 1, whose neighbours are 0.008 apart. So the optimiser
-    owns fp32 master weights, moments and gradients, and the model gets the rounded masters after each step. A gradient
-    moves to its master as soon as backward has made it: the bf16 one is freed, and micro-batches add up in fp32. With
-    `offload` all of this lives in host memory. An fp32 model is its own master.
+    owns fp32 master weights, moments and gradients, and the parameters get the rounded masters after each step. With
+    `offload` all of this lives in host memory. An fp32 parameter is its own master, unless `separate` asks for another.
+    """
+
+    def __init__(self, params, lr=0.0, offload=False, separate=False):
+        super().__init__(params, {"lr": lr})
+        own = [p for group in self.param_groups for p in group["params"]]
+        self.separate = separate or offload or any(p.dtype != torch.float32 for p in own)
+        self.masters = {p: p for p in own}
+        if self.separate:
+            self.masters = {p: p.detach().to("cpu" if offload else p.device, torch.float32, copy=True) for p in own}
+        self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self):
+        self.adamw.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self.adamw.step()
+        if self.separate:
+            for p, master in self.masters.items():
+                p.copy_(master)
+
+
+class MasterAdamW:
+    """`Masters` over a model, on one rank or on several.
+
+    On one, a gradient moves to its master as soon as backward has made it: the bf16 one is freed, and micro-batches add
+    up in fp32. On several, torch's ZeroRedundancyOptimizer gives each rank the Masters of its share of the parameters
+    and, after a step, each parameter to all; a gradient is summed over the ranks and kept where its master is.
     """
 
     def __init__(self, model, offload=False):
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.separate = offload or any(p.dtype != torch.float32 for p in self.params)
-        self.masters = self.params
-        if self.separate:
-            home = "cpu" if offload else self.params[0].device
-            self.masters = [p.detach().to(home, torch.float32, copy=True) for p in self.params]
-            for p, master in zip(self.params, self.masters):
-                p.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, master))
-        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=0.0, fused=True)
+        if ranks() > 1:
+            from torch.distributed.optim import ZeroRedundancyOptimizer        # takes a second, and warns of torch.jit
+            self.optimizer = ZeroRedundancyOptimizer(self.params, Masters, lr=0.0, offload=offload, separate=True)
+            self.local = self.optimizer.optim
+        else:
+            self.optimizer = self.local = Masters(self.params, offload=offload)
+            for p in self.params if self.local.separate else []:
+                p.register_post_accumulate_grad_hook(lambda p: self.take_gradient(p, p.grad))
 
-    @staticmethod
-    def take_gradient(master, p):
-        gradient = p.grad.to(master.device, torch.float32)
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    @property
+    def masters(self):
+        return list(self.local.masters.values())
+
+    def take_gradient(self, p, gradient):
+        """Adds a parameter's gradient to that of its master, if it is here, and frees it."""
+        if p in self.local.masters:
+            master = self.local.masters[p]
+            gradient = gradient.to(master.device, torch.float32)
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         p.grad = None
 
+    def collect(self):
+        """After each backward, on every rank: sums the gradients over the ranks."""
+        if ranks() > 1:
+            for p in self.params:                              # all of them, for a rank may have seen no image
+                gradient = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float()
+                dist.all_reduce(gradient)
+                self.take_gradient(p, gradient)
+
+    def norm_of(self, tensors):
+        return over_ranks([float(torch.nn.utils.get_total_norm(tensors)) ** 2])[0] ** .5
+
     def gradient_norm(self):
-        return float(torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None]))
+        return self.norm_of([m.grad for m in self.masters if m.grad is not None])
 
     def step(self, lr, norm, max_norm):
         """One update at learning rate lr with the gradients, of total `norm`, scaled down to max_norm; clears them."""
         for master in self.masters:
             if master.grad is not None:
                 master.grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
         self.clear()
-        if not math.isfinite(torch.nn.utils.get_total_norm(self.masters)):
+        if not math.isfinite(self.norm_of(self.masters)):
             raise NonFinite("the weights have run away in the last update", harmed=True)
-        if self.separate:
-            with torch.no_grad():
-                for p, master in zip(self.params, self.masters):
-                    p.copy_(master)
 
     def clear(self):
-        self.adamw.zero_grad(set_to_none=True)
+        for master in self.masters:
+            master.grad = None
+
+    def forget(self):
+        """Drops the moments, for a new phase of training."""
+        self.local.adamw.state.clear()
 
     def state_dict(self):
-        return {"adamw": self.adamw.state_dict(), "masters": self.masters if self.separate else None}
+        """Of this rank's share."""
+        return {"adamw": self.local.adamw.state_dict(), "masters": self.masters if self.local.separate else None}
 
     def load_state_dict(self, state):
-        self.adamw.load_state_dict(state["adamw"])
+        self.local.adamw.load_state_dict(state["adamw"])
         with torch.no_grad():
             for master, saved in zip(self.masters, state["masters"] or []):
                 master.copy_(saved)
@@ -1147,11 +1436,11 @@ class Run:
 
     def __init__(self, cfg):
         """Checks that the folder may be used; `open` makes it, once data and model have turned out to be good."""
-        self.cfg, self.out, self.stop, self.optimizer_state = cfg, Path(cfg.out), False, None
+        self.cfg, self.out, self.stop = cfg, Path(cfg.out), False
         # All that resuming needs beside weights and optimiser, for random numbers are functions of seed and step.
         # drawn: questions taken from the shuffled stream so far; lines: of each log.
         self.state = {"phase": "warm-up", "step": 0, "drawn": 0, "evaluations": {},
-                      "lines": dict.fromkeys(self.LOGS, 0)}
+                      "lines": dict.fromkeys(self.LOGS, 0), "ranks": ranks()}
         if cfg.resume:
             self.load_state()
         elif self.out.is_file() or self.out.is_dir() and {f.name for f in self.out.iterdir()} - {"eval"}:
@@ -1163,6 +1452,9 @@ class Run:
                 raise UserError(f"--overwrite does not delete {self.out}: it is no run folder, or holds the --model")
 
     def open(self):
+        barrier()                                              # no rank looks into the folder any more, see __init__
+        if rank():
+            return
         if self.cfg.overwrite and (self.out / "metrics.jsonl").exists():
             shutil.rmtree(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -1176,16 +1468,21 @@ class Run:
     def load_state(self):
         """Takes up the last checkpoint."""
         old, final = self.out / "checkpoint.old", self.out / "checkpoint"
-        if old.exists() and not final.exists():                # killed between the two renames of `save`
-            old.rename(final)
+        with first_rank_first():
+            if old.exists() and not final.exists():            # killed between the two renames of `save`
+                old.rename(final)
         if final.exists():
             self.state = torch.load(final / "training_state.pt", map_location="cpu", weights_only=True)
-            self.optimizer_state = self.state.pop("optimizer")
             print(f"resuming {self.out} after {self.state['phase']} update {self.state['step']}")
+            if self.state["ranks"] != ranks():
+                raise UserError(f"{final} is of a run on {self.state['ranks']} processes, and here are {ranks()}: its "
+                                f"optimiser is spread over them. Use torchrun --nproc-per-node {self.state['ranks']}")
         else:
             print(f"{self.out} holds no checkpoint yet: starting from the beginning")
 
     def log(self, file, record):
+        if rank():
+            return
         with open(self.out / file, "a", encoding="utf-8") as f:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.state["lines"][file] += 1
@@ -1193,25 +1490,37 @@ class Run:
     def save(self, policy, processor, optimizer):
         """Writes checkpoint/ atomically: a process killed at any moment leaves the old one or the new one, whole."""
         new, old, final = (self.out / name for name in ("checkpoint.new", "checkpoint.old", "checkpoint"))
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        save_model(policy, processor, new)
-        torch.save({**self.state, "optimizer": optimizer.state_dict()}, new / "training_state.pt")
-        if final.exists():
-            final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        if not rank():
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+            save_model(policy, processor, new)
+            torch.save(self.state, new / "training_state.pt")
+        barrier()
+        torch.save(optimizer.state_dict(), new / f"optimizer_{rank()}.pt")
+        barrier()
+        if not rank():
+            if final.exists():
+                final.rename(old)
+            new.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        barrier()
+
+    def load_optimizer(self, optimizer):
+        file = self.out / "checkpoint" / f"optimizer_{rank()}.pt"
+        optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
 
     def end_update(self, policy, processor, optimizer, step, drawn=0):
         """After each update: note where we are, save every so often, and stop here if that was asked for."""
         self.state.update(step=step, drawn=drawn)
-        if self.stop or step % self.cfg.save_every == 0:
+        stop = self.stop_asked()
+        if stop or step % self.cfg.save_every == 0:
             self.save(policy, processor, optimizer)
-        self.check_stop()
-
-    def check_stop(self):
-        if self.stop:
+        if stop:
             raise KeyboardInterrupt
+
+    def stop_asked(self):
+        """Whether any rank was asked to stop; all ranks call this together."""
+        return bool(over_ranks([self.stop])[0])
 
     @contextlib.contextmanager
     def signals(self):
@@ -1229,7 +1538,7 @@ class Run:
                 signal.signal(s, handler)
 
 
-# ─── 10. Warm-up and StepGRPO ─────────────────────────────────────────────────────────────────────────────────────────
+# ─── 11. Warm-up and StepGRPO ─────────────────────────────────────────────────────────────────────────────────────────
 
 def chunks(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
@@ -1262,15 +1571,17 @@ def warm_up(run, cfg, policy, processor, rows, optimizer):
         batch = draw(rows, cfg.warmup_batch, cfg.seed, step * cfg.warmup_batch)
         pairs = sorted(((processor.path_ids(row.path), row) for row in batch), key=lambda pair: len(pair[0]))
         tokens, total = sum(len(path) for path, _ in pairs), 0.0
-        for part in chunks(pairs, cfg.micro_batch):            # paths of like length together: little padding
+        for part in chunks(pairs[rank()::ranks()], cfg.micro_batch):           # paths of like length: little padding
             prompts = [make_prompt(processor, row, cfg) for _, row in part]
             logps, _ = path_logps(policy, processor, prompts, [[path] for path, _ in part])
             loss = -logps.sum() / tokens                       # all tokens of the update, whatever the micro-batch
             loss.backward()
+            optimizer.collect()
             total += check_finite("loss", loss.item(), [row for _, row in part])
         norm = check_finite("gradient norm", optimizer.gradient_norm(), batch)
         lr = cfg.warmup_lr * warmup_schedule((step + 0.5) / cfg.warmup_steps, cfg.warmup_ratio)
         optimizer.step(lr, norm, cfg.max_grad_norm)
+        total = over_ranks([total])[0]
         bar.set_postfix(loss=f"{total:.3f}", lr=f"{lr:.1e}")
         run.log("metrics.jsonl", {"phase": "warm-up", "step": step + 1, "loss": total, "grad_norm": norm, "lr": lr})
         run.end_update(policy, processor, optimizer, step + 1)
@@ -1296,6 +1607,9 @@ class Group(NamedTuple):
         return len({score["reward"] for score in self.scores}) == 1
 
 
+SCORES = ("reward", "right", "step_accuracy", "step_validity", "k")
+
+
 def score_path(text, row, cfg):
     """All scores of one path; `reward` is what the policy is trained on, chosen by --reward."""
     right = float(same_answer(final_answer(text), row.answer))
@@ -1306,58 +1620,73 @@ def score_path(text, row, cfg):
     return {"reward": reward, "right": right, "step_accuracy": accuracy, "step_validity": validity, "k": k}
 
 
-def sample_groups(cfg, policy, processor, rows, step, drawn):
-    """Draws Q questions, samples G paths for each, scores them → (groups, questions drawn so far, flat groups seen).
+def question_seed(cfg, n):
+    """For the random numbers of the n-th question drawn: they depend on no batch, no rank and no earlier question."""
+    return cfg.seed * 1_000_003 + n
+
+
+def sample_groups(cfg, policy, processor, rows, drawn):
+    """Draws Q questions, samples G paths for each, scores them → (groups of this rank, number of groups on all ranks,
+    questions drawn so far, flat groups seen).
 
     A flat group, its rewards all equal, teaches nothing. --skip-flat-groups drops it and draws another question in its
     place, in up to four rounds.
     """
-    generator = torch.Generator(policy.device).manual_seed(cfg.seed * 1_000_003 + step)
-    groups, flat = [], 0
+    groups, number, flat = [], 0, 0
     for _ in range(4 if cfg.skip_flat_groups else 1):
-        batch = draw(rows, cfg.questions - len(groups), cfg.seed, drawn)
-        drawn += len(batch)
+        wanted = range(drawn, drawn + cfg.questions - number)
+        mine, drawn = slice(rank(), None, ranks()), wanted.stop
+        batch = draw(rows, len(wanted), cfg.seed, wanted.start)[mine]
         prompts = [make_prompt(processor, row, cfg) for row in batch]
+        sampled = Rollout([], [], [])
         with tqdm(desc="rollout", unit=" tokens", leave=False, delay=2) as bar:
-            sampled = rollout(policy, processor, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature,
-                              generator, bar)
-        for row, prompt, ids, texts, logps in zip(batch, prompts, *sampled):
-            group = Group(row, prompt, ids, texts, logps, [score_path(text, row, cfg) for text in texts])
-            flat += group.is_flat()
-            if not (cfg.skip_flat_groups and group.is_flat()):
-                groups.append(group)
-        if len(groups) == cfg.questions:
+            if batch:                                          # a rank may have none left to replace
+                sampled = rollout(policy, processor, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature,
+                                  [question_seed(cfg, n) for n in wanted[mine]], bar,
+                                  None if cfg.cuda_graph else False)
+        new = [Group(row, prompt, ids, texts, logps, [score_path(text, row, cfg) for text in texts])
+               for row, prompt, ids, texts, logps in zip(batch, prompts, *sampled)]
+        kept = [group for group in new if not (cfg.skip_flat_groups and group.is_flat())]
+        groups += kept
+        more_flat, more = over_ranks([sum(group.is_flat() for group in new), len(kept)])
+        flat, number = flat + int(more_flat), number + int(more)
+        if number == cfg.questions:
             break
-    return groups, drawn, flat
+    return groups, number, drawn, flat
 
 
 def update(cfg, policy, reference, processor, groups, advantages, optimizer, lr):
-    """μ optimiser steps on one set of groups, advantages (Q, G) → mean statistics of the objective."""
+    """μ optimiser steps on one set of groups (this rank's), advantages (Q, G) → mean statistics of the objective."""
     policy.train()
-    stats, old, ref = collections.Counter(), {}, {}            # old and reference log-probs by micro-batch
+    stats, old, ref = dict.fromkeys(("loss", "kl", "clip_fraction", "ratio", "sampling_gap"), 0.0), {}, {}
+    parts = chunks(range(len(groups)), cfg.micro_batch)
+    number = over_ranks([len(groups)])[0]                      # of all ranks
+    rounds = int(over_ranks([len(parts)], dist.ReduceOp.MAX)[0])               # every rank collects gradients as often
     for inner in range(cfg.inner_updates):
-        for n, part in enumerate(chunks(range(len(groups)), cfg.micro_batch)):
-            prompts, paths = [groups[q].prompt for q in part], [groups[q].ids for q in part]
-            logps, mask = path_logps(policy, processor, prompts, paths, cfg.temperature)       # (questions, G, C)
-            if inner == 0:
-                old[n] = ref[n] = logps.detach()               # before the first step the old policy is the policy
-                if reference is not None:
-                    with torch.no_grad():
-                        ref[n] = path_logps(reference, processor, prompts, paths, cfg.temperature)[0]
-            A = advantages[part.start:part.stop].to(logps.device)
-            by_path = [x.flatten(0, 1) for x in (logps, old[n], ref[n], A, mask)]               # (paths, C), A (paths,)
-            loss, part_stats = grpo_loss(*by_path, cfg.clip, cfg.beta)
-            share = len(part) / len(groups)                    # of the mean over all paths, whatever the micro-batch
-            (loss * share).backward()
-            part_stats["loss"] = check_finite("loss", loss.item(), [groups[q].row for q in part], inner > 0)
-            for name, value in part_stats.items():
-                stats[name] += share * value / cfg.inner_updates
-            if inner == 0:                                     # cached sampling against packed forward: rounding only
-                sampled = torch.cat([p for q in part for p in groups[q].logps])
-                stats["sampling_gap"] += share * (old[n][mask].cpu() - sampled).abs().mean().item()
+        for n, part in enumerate(parts + [()] * (rounds - len(parts))):
+            if part:
+                prompts, paths = [groups[q].prompt for q in part], [groups[q].ids for q in part]
+                logps, mask = path_logps(policy, processor, prompts, paths, cfg.temperature)       # (questions, G, C)
+                if inner == 0:
+                    old[n] = ref[n] = logps.detach()           # before the first step the old policy is the policy
+                    if reference is not None:
+                        with torch.no_grad():
+                            ref[n] = path_logps(reference, processor, prompts, paths, cfg.temperature)[0]
+                A = advantages[part.start:part.stop].to(logps.device)
+                by_path = [x.flatten(0, 1) for x in (logps, old[n], ref[n], A, mask)]           # (paths, C), A (paths,)
+                loss, part_stats = grpo_loss(*by_path, cfg.clip, cfg.beta)
+                share = len(part) / number                     # of the mean over all paths, whatever the micro-batch
+                (loss * share).backward()
+                part_stats["loss"] = check_finite("loss", loss.item(), [groups[q].row for q in part], inner > 0)
+                for name, value in part_stats.items():
+                    stats[name] += share * value / cfg.inner_updates
+                if inner == 0:                                 # cached sampling against packed forward: rounding only
+                    sampled = torch.cat([p for q in part for p in groups[q].logps])
+                    stats["sampling_gap"] += share * (old[n][mask].cpu() - sampled).abs().mean().item()
+            optimizer.collect()
         norm = check_finite("gradient norm", optimizer.gradient_norm(), [group.row for group in groups], inner > 0)
         optimizer.step(lr, norm, cfg.max_grad_norm)
-    return {**stats, "grad_norm": norm}
+    return {**dict(zip(stats, over_ranks(list(stats.values())))), "grad_norm": norm}
 
 
 def train(run, cfg, policy, reference, processor, rows, optimizer):
@@ -1366,11 +1695,12 @@ def train(run, cfg, policy, reference, processor, rows, optimizer):
     bar = tqdm(range(start, cfg.steps), "StepGRPO", initial=start, total=cfg.steps, unit="update")
     for step in bar:
         began = time.perf_counter()
-        groups, drawn, flat = sample_groups(cfg, policy, processor, rows, step, run.state["drawn"])
+        groups, number, drawn, flat = sample_groups(cfg, policy, processor, rows, run.state["drawn"])
         lr = cfg.lr * (1 - step / cfg.steps)
-        rewards = torch.tensor([[score["reward"] for score in group.scores] for group in groups])   # (Q, G)
-        record = {"phase": "StepGRPO", "step": step + 1, "questions": len(groups), "flat_groups": flat, "lr": lr}
-        if groups:                                             # with --skip-flat-groups there may be none left
+        rewards = torch.tensor([[score["reward"] for score in group.scores] for group in groups])
+        rewards = rewards.view(-1, cfg.group_size)                                             # (this rank's Q, G)
+        record = {"phase": "StepGRPO", "step": step + 1, "questions": number, "flat_groups": flat, "lr": lr}
+        if number:                                             # with --skip-flat-groups there may be none left
             advantages = group_advantages(rewards)                                                  # (Q, G)
             stats = update(cfg, policy, reference, processor, groups, advantages, optimizer, lr)
             record.update(stats, **summarize(groups, rewards, processor.eos))
@@ -1389,12 +1719,13 @@ def train(run, cfg, policy, reference, processor, rows, optimizer):
 
 
 def summarize(groups, rewards, eos):
-    """Means over all paths of an update."""
-    scores = [score for group in groups for score in group.scores]
-    lengths = [len(path) for group in groups for path in group.ids]
-    means = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
-    return {**means, "reward_std": rewards.std(1).mean().item(), "length": sum(lengths) / len(lengths),
-            "cut": sum(int(path[-1]) not in eos for group in groups for path in group.ids) / len(lengths)}
+    """Means over all paths of an update, on all ranks. groups: those of this rank, with rewards (Q, G)."""
+    names = (*SCORES, "reward_std", "length", "cut")
+    G, paths = rewards.shape[1], [path for group in groups for path in group.ids]
+    sums = [sum(score[name] for group in groups for score in group.scores) / G for name in SCORES]
+    sums += [rewards.std(1).sum().item(), sum(map(len, paths)) / G, sum(int(path[-1]) not in eos for path in paths) / G]
+    number, *sums = over_ranks([len(groups), *sums])
+    return {name: value / number for name, value in zip(names, sums)}
 
 
 def format_update(record, cfg):
@@ -1433,20 +1764,26 @@ def evaluate(run, cfg, policy, processor, rows, name, temperature):
     """Mean scores of one path per held-out question; temperature 0 is greedy. Kept in run.state["evaluations"]."""
     if name in run.state["evaluations"] or not rows:
         return
-    generator, scores = torch.Generator(policy.device).manual_seed(cfg.seed), []
+    numbers, sums = range(len(rows)), collections.Counter(dict.fromkeys(SCORES, 0.0))
     with tqdm(desc=f"evaluate, {name}", total=len(rows), unit="question") as bar:
-        for batch in chunks(rows, cfg.questions * cfg.group_size):             # as many paths at once as in training
-            run.check_stop()
-            prompts = [make_prompt(processor, row, cfg) for row in batch]
-            sampled = rollout(policy, processor, prompts, 1, cfg.max_new_tokens, temperature, generator)
-            scores += [score_path(texts[0], row, cfg) for texts, row in zip(sampled.texts, batch)]
+        for batch in chunks(numbers, cfg.questions * cfg.group_size):          # as many paths at once as in training
+            if run.stop_asked():
+                raise KeyboardInterrupt
+            mine = batch[rank()::ranks()]
+            if mine:
+                prompts = [make_prompt(processor, rows[n], cfg) for n in mine]
+                sampled = rollout(policy, processor, prompts, 1, cfg.max_new_tokens, temperature,
+                                  [question_seed(cfg, n) for n in mine], None,
+                                  None if cfg.cuda_graph else False)
+                for n, texts in zip(mine, sampled.texts):
+                    sums.update(score_path(texts[0], rows[n], cfg))
             bar.update(len(batch))
-    means = {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
+    means = {key: value / len(rows) for key, value in zip(SCORES, over_ranks([sums[key] for key in SCORES]))}
     run.state["evaluations"][name] = means
     run.log("metrics.jsonl", {"phase": "evaluation", "name": name, "questions": len(rows), **means})
 
 
-# ─── 11. Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ─── 12. Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def load_data(cfg):
     """→ training rows, warm-up rows, held-out rows, complaints. The held-out questions are never trained on."""
@@ -1515,8 +1852,9 @@ def learn(run, cfg, policy, processor, splits, optimizer):
     if run.state["phase"] == "warm-up":
         if cfg.warmup_steps:
             warm_up(run, cfg, policy, processor, warmup_rows, optimizer)
-        save_model(policy, processor, run.out / "reference")
-        optimizer.adamw.state.clear()                          # a new phase: no moments
+        if not rank():
+            save_model(policy, processor, run.out / "reference")
+        optimizer.forget()
         run.state.update(phase="StepGRPO", step=0)
         run.save(policy, processor, optimizer)
     reference = None
@@ -1542,13 +1880,20 @@ def run_all(run, cfg):
     device, dtype = pick_device(cfg)
     train_rows, warmup_rows, test_rows, complaints = load_data(cfg)
     with tempfile.TemporaryDirectory() as folder:
-        source = cfg.model if run.optimizer_state is None else run.out / "checkpoint"
+        resuming = run.state["step"] or run.state["phase"] != "warm-up"
+        source = run.out / "checkpoint" if resuming else cfg.model
         if source == "tiny":
-            source = folder
-            build_tiny(folder, [row.problem + "\n" + row.path for row in train_rows + warmup_rows], cfg.seed)
+            shared = [folder]
+            if ranks() > 1:
+                dist.broadcast_object_list(shared)             # of all ranks' folders, that of rank 0
+            source = shared[0]
+            if not rank():
+                build_tiny(source, [row.problem + "\n" + row.path for row in train_rows + warmup_rows], cfg.seed)
+            barrier()
         print(f"loading {cfg.model} on {device}, {dtype}; torch {torch.__version__}, "
               f"transformers {transformers.__version__}")
         policy, processor = load_model(source, device, dtype, cfg.max_pixels)
+        barrier()                                              # before rank 0 leaves, and takes the folder with it
     train_rows, warmup_rows, test_rows = validate((train_rows, warmup_rows, test_rows), complaints, processor, cfg)
     if cfg.warmup_steps == -1:
         cfg.warmup_steps = math.ceil(2 * len(warmup_rows) / cfg.warmup_batch)
@@ -1563,19 +1908,20 @@ def run_all(run, cfg):
         enable = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     optimizer = MasterAdamW(policy, cfg.offload_optimizer)
-    if run.optimizer_state is not None:
-        optimizer.load_state_dict(run.optimizer_state)
-        run.optimizer_state = None                             # 26 GB for a 2B model
+    if resuming:
+        run.load_optimizer(optimizer)
 
     run.open()
     with run.signals():
         try:
             learn(run, cfg, policy, processor, (train_rows, warmup_rows, test_rows), optimizer)
         except UserError as e:                                 # a torn image, a non-finite loss: keep what was learned
-            if not getattr(e, "harmed", False):
+            if not getattr(e, "harmed", False) and ranks() == 1:               # saving takes all ranks
                 optimizer.clear()
                 run.save(policy, processor, optimizer)
             raise
+    if rank():
+        return
     print_curves(run)
     if test_rows:
         print_table(run, len(test_rows))
@@ -1592,6 +1938,7 @@ def main(argv=None):
     try:
         cfg = parse_config(sys.argv[1:] if argv is None else argv)
         out = cfg.out
+        join_ranks(cfg)
         run_all(Run(cfg), cfg)
     except UserError as e:
         sys.exit(f"stepgrpo: {e}")

@@ -595,10 +595,6 @@ def naive_logps(model, processor, prompt, path, temperature=1.0):
     return torch.log_softmax(logits, -1).gather(1, path.to(model.device)[:, None])[:, 0]
 
 
-def seeded(model, seed=0):
-    return torch.Generator(model.device).manual_seed(seed)
-
-
 def run_main(*flags):
     """main() as from the command line → its exit: 0, 130, or the line it stops with."""
     try:
@@ -672,7 +668,8 @@ def at_log(phase, step, act):
 
 def test_only_the_four_packages_and_the_standard_library_are_imported():
     allowed = {"torch", "transformers", "huggingface_hub", "safetensors", "PIL", "tqdm"} | sys.stdlib_module_names
-    own = {"eval.py": {"stepgrpo", "data"}, "bench.py": {"shapes"}}     # every other file stands alone
+    own = {"eval.py": {"stepgrpo", "data"}, "bench.py": {"shapes"}}            # the other files stand alone
+    own |= dict.fromkeys(("report.py", "speed.py", "explain.py", "ablation.py"), {"stepgrpo"})
     for file in PROJECT_FILES:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -753,7 +750,7 @@ def test_special_tokens_in_a_question_are_plain_text(any_model):
     assert prompt.is_image.sum() == 4 and (prompt.ids == processor.special["<|im_end|>"]).sum() == 2
     assert "<|image_pad|> or <|im_end|>" in processor.tokenizer.decode(prompt.ids)
     assert processor.special["<|im_end|>"] not in processor.path_ids("a <|im_end|> b")[:-1]
-    assert len(sg.rollout(model, processor, [prompt], 2, 2, generator=seeded(model)).ids[0]) == 2
+    assert len(sg.rollout(model, processor, [prompt], 2, 2).ids[0]) == 2
 
 
 def test_prompt_length_is_known_without_reading_pixels(any_model):
@@ -767,7 +764,7 @@ def test_prompt_length_is_known_without_reading_pixels(any_model):
 def test_logps_of_cached_sampling_equal_the_full_forward_with_images_of_two_grids(any_model, temperature):
     model, processor = any_model
     prompts = prompts_of(processor)
-    sampled = sg.rollout(model, processor, prompts, 3, 12, temperature, seeded(model))
+    sampled = sg.rollout(model, processor, prompts, 3, 12, temperature, range(3))
     with torch.no_grad():
         for prompt, ids, logps in zip(prompts, sampled.ids, sampled.logps):
             for path, logp in zip(ids, logps):
@@ -816,11 +813,11 @@ def test_a_padded_row_equals_the_same_row_alone(any_model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_in_train_mode_does_not_drop_the_cache(family, loaded):
     model, processor = deepcopy(loaded[family][0]), loaded[family][1]
-    expected = sg.rollout(model, processor, prompts_of(processor), 2, 8, 1.0, seeded(model))
+    expected = sg.rollout(model, processor, prompts_of(processor), 2, 8, 1.0, range(3))
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.train()
-    sampled = sg.rollout(model, processor, prompts_of(processor), 2, 8, 1.0, seeded(model))
+    sampled = sg.rollout(model, processor, prompts_of(processor), 2, 8, 1.0, range(3))
     assert same(sampled.ids, expected.ids) and same(sampled.logps, expected.logps)
     assert model.training and all(module.training for module in model.modules())       # the mode is as it was
     model.eval()
@@ -828,11 +825,64 @@ def test_gradient_checkpointing_in_train_mode_does_not_drop_the_cache(family, lo
     assert not model.training
 
 
-def test_a_model_that_keeps_no_cache_is_an_error(small_model, monkeypatch):
+def test_the_paths_of_a_question_do_not_depend_on_the_batch_it_is_asked_in(any_model):
+    """Random numbers belong to the question: not to the batch, its order or the number of GPUs."""
+    model, processor = any_model
+    prompts = prompts_of(processor)
+    together = sg.rollout(model, processor, prompts, 3, 8, 1.2, [5, 6, 7])
+    turned = sg.rollout(model, processor, prompts[::-1], 3, 8, 1.2, [7, 6, 5])
+    assert same(together.ids, turned.ids[::-1])
+    for q in range(3):
+        assert same(sg.rollout(model, processor, prompts[q:q + 1], 3, 8, 1.2, [5 + q]).ids, together.ids[q:q + 1])
+    again = [sg.rollout(model, processor, prompts[:1], 3, 8).ids for _ in range(2)]         # without seeds: others
+    assert not same(*again)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.2])
+def test_the_decoding_step_of_constant_shape_equals_the_eager_one(any_model, temperature):
+    """What a CUDA graph replays, against buffers that shrink with the batch; on the CPU the same steps, not captured.
+
+    Three rollouts of one shape use the same buffers, so what the last one left there must not show.
+    """
+    model, processor = any_model
+    prompts = prompts_of(processor)
+    sg.captured_decoder.cache_clear()
+    for order in ((0, 1, 2), (2, 0, 1), (0, 1, 2)):
+        asked = [prompts[q] for q in order]
+        eager, static = (sg.rollout(model, processor, asked, 4, 40, temperature, order, constant_shape=constant)
+                         for constant in (False, True))
+        assert same(static.ids, eager.ids) and static.texts == eager.texts
+        assert torch.allclose(*(torch.cat(sum(x.logps, [])) for x in (static, eager)), atol=CLOSE)
+    assert sg.captured_decoder.cache_info()[:2] == (2, 1)      # made once, used three times
+    sg.captured_decoder.cache_clear()
+
+
+def test_a_step_changes_no_buffer_for_another(any_model):
+    """A CUDA graph is bound to addresses: a buffer that a step replaced would be read by the next replay no more."""
+    model, processor = any_model
+    prompts = prompts_of(processor)
+    decoder = sg.Decoder(model, processor, 3, 2, 128, 20, 1.0)
+
+    def addresses():
+        values = [*vars(decoder).values(), *sum(decoder.prompt_cache + decoder.path_cache, ())]
+        return [value.data_ptr() for value in values if isinstance(value, torch.Tensor)]
+    before = addresses()
+    with torch.inference_mode():
+        for _ in range(2):
+            decoder.prefill(prompts, torch.rand(3, 2, 20))
+            for c in range(20):
+                decoder.step(20)
+    assert addresses() == before and len(before) > 15 and int(decoder.c) == 20
+
+
+def test_rounding_in_the_cumulative_sum_never_samples_a_banned_id(small_model, monkeypatch):
+    """A parallel cumulative sum may rise where a probability is 0, and the search would stop there."""
     model, processor = small_model
-    monkeypatch.setattr(sg.DynamicCache, "get_seq_length", lambda *args, **more: 0)
-    with pytest.raises(RuntimeError, match="no KV cache"):
-        sg.rollout(model, processor, prompts_of(processor)[:1], 2, 4)
+    banned = int(processor.banned.nonzero()[0])
+    monkeypatch.setattr(torch, "searchsorted", lambda cdf, values: torch.full_like(values, banned, dtype=torch.long))
+    sampled = sg.rollout(model, processor, prompts_of(processor), 2, 4)
+    greedy = sg.rollout(model, processor, prompts_of(processor), 2, 4, 0)
+    assert same(sampled.ids, greedy.ids)
 
 
 def test_checkpointed_gradients_equal_plain_ones(small_model):
@@ -856,7 +906,7 @@ def test_fuzz_no_banned_id_is_ever_sampled(family, loaded):
     with torch.no_grad():                                      # make the banned ids the likeliest of all
         model.get_input_embeddings().weight[processor.banned.to(model.device)] *= 5
     for seed in range(3):
-        sampled = sg.rollout(model, processor, prompts_of(processor), 8, 24, 5.0, seeded(model, seed))
+        sampled = sg.rollout(model, processor, prompts_of(processor), 8, 24, 5.0, range(3 * seed, 3 * seed + 3))
         ids = torch.cat([path for group in sampled.ids for path in group])
         assert not processor.banned[ids].any() and all(map(torch.isfinite, torch.cat(sum(sampled.logps, []))))
     assert processor.banned[[processor.special[f"<|{name}_pad|>"] for name in ("image", "video", "vision")]].all()
@@ -866,7 +916,7 @@ def test_fuzz_no_banned_id_is_ever_sampled(family, loaded):
 def test_generation_config_does_not_leak_into_sampling(loaded):
     model, processor = loaded["qwen2_vl"]
     assert model.generation_config.top_k == 1 and model.generation_config.repetition_penalty > 1    # as published
-    sampled = sg.rollout(model, processor, prompts_of(processor)[:1], 32, 1, 1.2, seeded(model))
+    sampled = sg.rollout(model, processor, prompts_of(processor)[:1], 32, 1, 1.2, [0])
     assert len({int(path[0]) for path in sampled.ids[0]}) > 8
     greedy = sg.rollout(model, processor, prompts_of(processor)[:1], 4, 6, 0)
     assert len({tuple(path.tolist()) for path in greedy.ids[0]}) == 1
@@ -875,7 +925,7 @@ def test_generation_config_does_not_leak_into_sampling(loaded):
 def test_sampling_follows_the_models_distribution_at_its_temperature(loaded):
     model, processor = loaded["qwen2_vl"]
     prompt, n = processor.prompt("Hi"), 4000
-    sampled = sg.rollout(model, processor, [prompt], n, 1, 0.7, seeded(model))
+    sampled = sg.rollout(model, processor, [prompt], n, 1, 0.7, [0])
     with torch.no_grad():
         logits = full_logits(model, prompt, torch.tensor([0]))[0].cpu().masked_fill(processor.banned, -torch.inf)
     expected = torch.softmax(logits / 0.7, -1)
@@ -888,7 +938,7 @@ def test_either_eos_ends_a_path_once_and_rows_that_ended_do_not_disturb_the_othe
     with torch.no_grad():                                      # likelier ends, at different lengths
         model.lm_head.weight[processor.eos] *= 4
     prompts, ends = prompts_of(processor), Counter()
-    sampled = sg.rollout(model, processor, prompts, 6, 40, 3.0, seeded(model, 1))
+    sampled = sg.rollout(model, processor, prompts, 6, 40, 3.0, range(3))
     for prompt, ids, texts, logps in zip(prompts, *sampled):
         for path, text, logp in zip(ids, texts, logps):
             at = torch.isin(path, torch.tensor(processor.eos)).nonzero()[:, 0].tolist()
@@ -959,7 +1009,7 @@ def test_the_vision_tower_sees_each_image_once_per_group_and_not_once_per_path(a
     patches = sum(len(prompt.pixels) for prompt in prompts[:2])
     hook = model.model.visual.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     try:
-        sampled = sg.rollout(model, processor, prompts, 4, 4, generator=seeded(model))
+        sampled = sg.rollout(model, processor, prompts, 4, 4, seeds=range(3))
         assert seen == [patches]
         with torch.no_grad():
             sg.path_logps(model, processor, prompts, sampled.ids)
@@ -1198,7 +1248,7 @@ def test_padding_never_counts():
 def sampled_groups(model, processor, G=3, tokens=10, rewards=None):
     """Groups of three questions, as sample_groups makes them, with rewards of our choice."""
     prompts = prompts_of(processor)
-    sampled = sg.rollout(model, processor, prompts, G, tokens, 1.2, seeded(model))
+    sampled = sg.rollout(model, processor, prompts, G, tokens, 1.2, range(3))
     rewards = rewards or [[(3 * q + g * g) % 5 / 2 for g in range(G)] for q in range(len(prompts))]
     rows = [sg.Row(f"file row {q}", "?", "4", "", [], []) for q in range(len(prompts))]
     return [sg.Group(row, prompt, ids, texts, logps, [{"reward": r} for r in group])
@@ -1282,7 +1332,7 @@ def test_bf16_weights_need_fp32_masters_to_move_at_1e_6(loaded):
     model, naive = deepcopy(base).bfloat16(), deepcopy(base).bfloat16()
     adamw, gradients = torch.optim.AdamW(naive.parameters(), lr=1e-6, weight_decay=0.0), []
     optimizer = sg.MasterAdamW(model)
-    assert optimizer.separate and all(m.dtype == torch.float32 for m in optimizer.masters)
+    assert optimizer.local.separate and all(m.dtype == torch.float32 for m in optimizer.masters)
     masters = [m.clone() for m in optimizer.masters]
     A = torch.randn(9, generator=torch.Generator().manual_seed(0)).to(base.device)
     for policy in (model, naive):
@@ -1405,7 +1455,8 @@ def assert_same_run(a, b):
     assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
     for part in ("checkpoint", "reference"):
         assert (a / part / "model.safetensors").read_bytes() == (b / part / "model.safetensors").read_bytes()
-    assert same(*(torch.load(run / "checkpoint" / "training_state.pt", weights_only=True) for run in (a, b)))
+    for file in ("training_state.pt", "optimizer_0.pt"):
+        assert same(*(torch.load(run / "checkpoint" / file, weights_only=True) for run in (a, b)))
 
 
 def test_a_run_trains_and_logs_every_update(straight):
@@ -1545,9 +1596,9 @@ def test_resume_restores_the_masters_of_bf16_weights(offload, shapes_set, tmp_pa
             assert run_main(*run_flags(tmp_path / "run", shapes_set, **flags)) == 130
         assert run_main("--resume", "--out", tmp_path / "run") == 0
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
-    states = [torch.load(tmp_path / name / "checkpoint" / "training_state.pt", weights_only=True)
+    states = [torch.load(tmp_path / name / "checkpoint" / "optimizer_0.pt", weights_only=True)
               for name in ("whole", "run")]
-    assert same(*states) and states[0]["optimizer"]["masters"][0].dtype == torch.float32
+    assert same(*states) and states[0]["masters"][0].dtype == torch.float32
 
 
 def test_resume_of_a_run_that_was_started_with_overwrite(straight, shapes_set, tmp_path):
@@ -1690,6 +1741,84 @@ def test_a_non_finite_loss_in_a_later_inner_update_saves_the_state_before_the_up
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+# -- several processes
+
+def torchrun(processes, *flags):
+    """The script under torchrun on the CPU (gloo) → its exit status and what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", "0",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", HERE / "stepgrpo.py", *flags]
+    done = subprocess.run([str(part) for part in command], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def close_logs(a, b):
+    """Two runs' metrics, equal but for the order of summation."""
+    a, b = metrics(a), metrics(b)
+    assert [row.keys() for row in a] == [row.keys() for row in b]
+    for left, right in zip(a, b):
+        assert {k: v for k, v in right.items() if not isinstance(v, str)} == pytest.approx(
+            {k: v for k, v in left.items() if not isinstance(v, str)}, rel=1e-3, abs=1e-5)
+
+
+def test_two_processes_make_the_same_updates_as_one_and_resume_as_two(shapes_set, tmp_path):
+    """Same questions, same random numbers, gradients summed, optimiser state in two halves."""
+    flags = dict(questions=4, warmup_batch=4, micro_batch=1, max_new_tokens=24, held_out=3, lr=1e-4, beta=0.5)
+    assert run_main(*run_flags(tmp_path / "one", shapes_set, **flags)) == 0
+    status, printed = torchrun(2, *run_flags(tmp_path / "two", shapes_set, **flags))
+    assert status == 0, printed
+    assert printed.count("update     4/4") == 1                # the second process is quiet
+    close_logs(tmp_path / "one", tmp_path / "two")
+    assert [row["step"] for row in records(tmp_path / "two" / "samples.jsonl")] == [
+        row["step"] for row in records(tmp_path / "one" / "samples.jsonl")]
+    one, two = (weights(tmp_path / name / "checkpoint") for name in ("one", "two"))
+    close = [((one[name] - two[name]).abs() < 1e-5).float().mean() for name in one]
+    # Adam's steps are signs at first: where a gradient is 0 but for rounding, they may differ.
+    assert min(close) > 0.98 and one.keys() == two.keys()
+    folder = tmp_path / "two" / "checkpoint"
+    halves = [torch.load(folder / f"optimizer_{rank}.pt", weights_only=True) for rank in (0, 1)]
+    sizes = [sum(state["exp_avg"].numel() for state in half["adamw"]["state"].values()) for half in halves]
+    assert sum(sizes) == sum(tensor.numel() for tensor in one.values()) and max(sizes) < 0.7 * sum(sizes)
+
+    status, printed = torchrun(2, "--resume", "--out", tmp_path / "two", "--steps", "6")
+    assert status == 0 and len([row for row in metrics(tmp_path / "two") if row["phase"] == "StepGRPO"]) == 6, printed
+    assert "a run on 2 processes, and here are 1" in run_main("--resume", "--out", tmp_path / "two", "--steps", "8")
+
+
+def test_two_processes_stop_together_and_go_on_bit_for_bit(shapes_set, tmp_path):
+    """A stop asked of one process is one of all. In bf16, where the masters are kept apart."""
+    flags = dict(questions=2, warmup_batch=2, micro_batch=1, dtype="bfloat16", save_every=100, skip_flat_groups=True)
+    assert torchrun(2, *run_flags(tmp_path / "whole", shapes_set, **flags))[0] == 0
+    stop = """import os, runpy, signal, sys
+sys.path.insert(0, {here!r})
+import stepgrpo as sg
+log = sg.Run.log
+def spy(run, file, record):
+    log(run, file, record)
+    if record.get("phase") == "StepGRPO" and record["step"] == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+sg.Run.log = spy
+sg.main(sys.argv[1:])
+"""
+    script = tmp_path / "stop.py"
+    script.write_text(stop.format(here=str(HERE)))
+    with pytest.MonkeyPatch.context() as patch:                # rank 0 alone logs, so it alone is asked
+        patch.setattr(sys.modules[__name__], "HERE", tmp_path)
+        (tmp_path / "stepgrpo.py").write_text(script.read_text())
+        status, printed = torchrun(2, *run_flags(tmp_path / "run", shapes_set, **flags))
+    assert status != 0 and "Go on with" in printed
+    assert [row["step"] for row in metrics(tmp_path / "run") if row["phase"] == "StepGRPO"] == [1, 2]
+    status, printed = torchrun(2, "--resume", "--out", tmp_path / "run")
+    assert status == 0, printed
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert same(weights(tmp_path / "run" / "checkpoint"), weights(tmp_path / "whole" / "checkpoint"))
+
+
+def test_questions_that_cannot_be_shared_evenly_are_an_error(shapes_set, tmp_path):
+    status, printed = torchrun(2, *run_flags(tmp_path / "run", shapes_set, questions=3))
+    assert status != 0 and "--questions 3 cannot be shared evenly by 2 processes" in printed
+
+
 def test_weights_that_ran_away_stop_with_one_line_and_a_finite_checkpoint(shapes_set, tmp_path):
     """A step of lr 1e38 gives weights whose next logits are not finite: sampling must not end in a traceback."""
     with varied_rewards():
@@ -1749,7 +1878,7 @@ def test_each_question_is_scored_with_its_own_answer(loaded, monkeypatch):
     processor, rows = loaded["qwen2_vl"][1], text_rows(["4", "5", "6"])
     cfg = sg.Config(questions=3, group_size=2)
     fake_rollout(monkeypatch, processor, lambda q, g: a_path(answer="4" if g == 0 else "6"))
-    groups, drawn, _ = sg.sample_groups(cfg, FakePolicy, processor, rows, 0, 0)
+    groups, _, drawn, _ = sg.sample_groups(cfg, FakePolicy, processor, rows, 0)
     right = {group.row.answer: [score["right"] for score in group.scores] for group in groups}
     assert right == {"4": [1, 0], "5": [0, 0], "6": [0, 1]} and drawn == 3
     for group in groups:
@@ -1758,13 +1887,13 @@ def test_each_question_is_scored_with_its_own_answer(loaded, monkeypatch):
 
 
 def test_every_update_samples_with_random_numbers_of_its_own(loaded, shapes_set):
-    """They are a function of seed and step: a resumed run draws the same, and no two updates draw the same."""
+    """They are a function of seed and question: a resumed run draws the same, and no two updates draw the same."""
     model, processor = loaded["qwen2_vl"]
     rows = sg.read_rows(shapes_set / "train.json")[0][:1]
 
-    def sample(seed, step):
+    def sample(seed, drawn):
         cfg = sg.Config(questions=1, group_size=3, max_new_tokens=6, seed=seed)
-        return [path.tolist() for path in sg.sample_groups(cfg, model, processor, rows, step, 0)[0][0].ids]
+        return [path.tolist() for path in sg.sample_groups(cfg, model, processor, rows, drawn)[0][0].ids]
     first = sample(0, 0)
     assert sample(0, 0) == first and sample(0, 1) != first != sample(1, 0)
     assert first[0] != first[1] != first[2]                    # nor do two paths of a group
@@ -1786,7 +1915,7 @@ def test_flat_groups_are_counted_and_skipped_on_demand(loaded, monkeypatch):
     for skip, expected in ((False, (3, 3, 2)), (True, (3, 6, 3))):      # questions 0, 1 and 3 are flat
         fake_rollout(monkeypatch, processor, lambda q, g: a_path(answer="4" if g or q in (0, 1, 3) else "5"))
         cfg = sg.Config(questions=3, group_size=2, skip_flat_groups=skip)
-        groups, drawn, flat = sg.sample_groups(cfg, FakePolicy, processor, rows, 0, 0)
+        groups, _, drawn, flat = sg.sample_groups(cfg, FakePolicy, processor, rows, 0)
         assert (len(groups), drawn, flat) == expected
         assert [group.is_flat() for group in groups] == ([False] * 3 if skip else [True, True, False])
 
@@ -1927,7 +2056,7 @@ def test_a_device_that_is_not_there_gives_one_clear_line(shapes_set, tmp_path):
 
 UNITS = ["build_instruction", "split_path", "final_answer", "same_answer", "parse_key_steps", "match_key_steps",
          "matched_key_steps", "step_accuracy_reward", "step_validity_reward", "group_advantages", "grpo_loss",
-         "mrope_positions", "additive", "tempered_logps", "token_logps", "warmup_schedule", "fitted_size"]
+         "mrope_positions", "rotate", "tempered_logps", "token_logps", "warmup_schedule", "fitted_size"]
 
 
 def own_names(value):
@@ -1975,7 +2104,7 @@ def pasted(unit):
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_pasted_unit_takes_plain_inputs_and_no_settings_or_files(unit):
     function, needed = pasted(unit)
-    assert function.__doc__ or function.__name__ == "warmup_schedule"
+    assert function.__doc__
     assert not needed & {"Config", "UserError", "HERE", "Processor", "TINY"}
     assert not {"args", "cfg", "config"} & set(inspect.signature(function).parameters)
     opened = {node.func.id for node in ast.walk(ast.parse(TOP_LEVEL[unit])) if isinstance(node, ast.Call)
@@ -1996,7 +2125,8 @@ def test_pasted_units_work():
     loss, stats = unit["grpo_loss"](*[torch.zeros(2, 3)] * 3, A[0], torch.ones(2, 3))
     assert loss.item() == pytest.approx(0, abs=1e-6) and stats == {"kl": 0, "clip_fraction": 0, "ratio": 1}
     assert unit["mrope_positions"](torch.tensor([False, True, False]), torch.tensor([[1, 2, 2]]), 2).shape == (3, 3)
-    assert unit["additive"](torch.tensor([True, False]), torch.float32)[0] == 0
+    quarter = unit["rotate"](torch.tensor([[1., 2.]]), torch.zeros(1, 2), torch.tensor([[-1., 1.]]))
+    assert quarter.tolist() == [[-2, 1]]
     assert unit["tempered_logps"](torch.zeros(2), 1.0, torch.tensor([True, False])).tolist() == [-torch.inf, 0]
     logps = unit["token_logps"](torch.nn.Linear(2, 3), torch.zeros(4, 2), torch.zeros(4).long(), 1.0,
                                 torch.zeros(3).bool())
