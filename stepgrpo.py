@@ -4,6 +4,9 @@
     python stepgrpo.py                                          # ten minutes on a laptop, nothing to download
     python stepgrpo.py --model Qwen2-VL-2B --data my.jsonl      # a real checkpoint on one CUDA GPU
     python stepgrpo.py --resume --out runs/tiny                 # go on where Ctrl-C stopped
+    torchrun --nproc-per-node 8 stepgrpo.py --model Qwen2-VL-7B --data my.jsonl         # several GPUs
+    python stepgrpo.py --explain                                # one question through every step, printed
+    python stepgrpo.py --bench                                  # how fast, and what takes the time and memory
 
 The method (R1-VL, arXiv 2503.12937) and the function that does each step. The file goes from the parts to the whole:
 template, config, data, segmentation, rewards, model, rollout, objective, optimiser, training, main.
@@ -29,8 +32,8 @@ Where this differs from the paper (P) or from its official code (C), and why:
               for exactly one answer with no step after it; the code pays an empty skeleton.
      6. C     no prompt is cut: one that is too long is an error which names the row. Images become RGB.
      7. C     log-probs use the sampling temperature (the 7B trainer there samples at another one).
-     8. C     one GPU and one process; all G paths of a question share one encoding of image and prompt, in sampling
-              (KV cache) and in the update (one packed forward).
+     8. C     one GPU and one process are enough; all G paths of a question share one encoding of image and prompt, in
+              sampling (KV cache) and in the update (one packed forward).
 
 Letters in shape comments: Q questions, G paths per question, B = Q·G rows, P prompt tokens, C completion tokens,
 L tokens of a packed row, H hidden size, V vocabulary, K key-step groups. A path is a reasoning path, the text that the
@@ -190,6 +193,7 @@ def parse_config(argv):
     """Command line → Config. Flags are the field names; unknown flags and impossible values are errors."""
     def parser(defaults):
         p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                    epilog="; ".join(f"{flag} alone runs data/{file}" for flag, file in TOOLS.items()),
                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for f in fields(Config):
             default = defaults.get(f.name, f.default)
@@ -293,7 +297,7 @@ def parse_record(where, record, folder):
         raise ValueError("problem and solution must be text")
     header = INSTRUCTION.split("{question}")[0].rstrip().split("\n")[-1]      # Mulberry's questions stand below it
     problem, path = problem.replace("<image>", "").split(header)[-1].strip(), str(path).strip()
-    answer = final_answer(path) if split_path(path).order else path
+    answer = solution_answer(path)
     if not problem:
         raise ValueError("the problem is empty")
     if not strip_decoration(answer or ""):
@@ -747,6 +751,49 @@ def step_validity_reward(text):
     return 1.0 if complete and logical else 0.0
 
 
+# The same rewards as other frameworks ask for them. Columns are those of R1-VL-10K.
+
+def solution_answer(solution):
+    """The answer of a reference: of a whole path, what it ends with; else the text itself.
+
+    Needs final_answer, split_path.
+    """
+    return final_answer(solution) if split_path(solution).order else str(solution).strip()
+
+
+def completion_text(completion):
+    """A completion of TRL, plain text or a conversation whose content may come in parts → text."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def step_accuracy(prompts, completions, solution, key_steps, **columns):
+    """StepRAR for TRL's GRPOTrainer(reward_funcs=[step_accuracy, step_validity]) → list of floats, one per completion.
+
+    solution and key_steps are columns of the data set. Needs completion_text, solution_answer, step_accuracy_reward.
+    """
+    return [step_accuracy_reward(completion_text(completion), solution_answer(truth), groups)
+            for completion, truth, groups in zip(completions, solution, key_steps, strict=True)]
+
+
+def step_validity(prompts, completions, **columns):
+    """StepRVR for TRL → list of floats. Needs completion_text, step_validity_reward."""
+    return [step_validity_reward(completion_text(completion)) for completion in completions]
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    """StepRAR + StepRVR for verl (custom_reward_function.path, .name=compute_score) → dict with "score" and its parts.
+
+    ground_truth: answer or whole path; extra_info["key_steps"]: as in R1-VL-10K. Needs solution_answer,
+    step_accuracy_reward, step_validity_reward.
+    """
+    accuracy = step_accuracy_reward(solution_str, solution_answer(ground_truth), extra_info["key_steps"])
+    validity = step_validity_reward(solution_str)
+    return {"score": accuracy + validity, "step_accuracy": accuracy, "step_validity": validity}
+
+
 # ─── 6. Model: checkpoints, prompts, M-RoPE positions ─────────────────────────────────────────────────────────────────
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -1102,11 +1149,12 @@ class Decoder:
         """Samples token c of each path and feeds it, with path caches read up to `length` > c. Counts c up."""
         lm, c = self.model.model.language_model, self.c
         logps = tempered_logps(self.model.lm_head(rms_norm(lm.norm, self.hidden)), self.temperature or 1.0, self.banned)
-        token = best = logps.argmax(-1)                                                             # (B,)
         if self.temperature:                                   # inverse CDF: one random number per path, not V
             cdf = logps.exp().cumsum(-1)                                                            # (B, V)
-            token = torch.searchsorted(cdf, self.uniform.index_select(0, c).T * cdf[:, -1:])[:, 0]
-            token = torch.where(self.banned[token], best, token)       # a parallel sum may round into an id of share 0
+            token = torch.searchsorted(cdf, self.uniform.index_select(0, c).T * cdf[:, -1:])[:, 0]              # (B,)
+            token = torch.where(self.banned[token], self.eos[0], token)        # rounding in a parallel sum may hit one
+        else:
+            token = logps.argmax(-1)
         at = c * self.ids.shape[1] + self.row
         self.ids.view(-1).index_copy_(0, at, token)
         self.logps.view(-1).index_copy_(0, at, logps.gather(1, token[:, None])[:, 0])
@@ -1151,13 +1199,18 @@ class Decoder:
         self.row = self.row[paths]
 
 
-@functools.lru_cache(maxsize=1)
+_captured = {}      # the last captured Decoder, for the next rollout of its shape: 0.5 GB for 16 long paths of a 2B
+
+
 def captured_decoder(model, processor, Q, G, P, C, temperature):
-    """A Decoder that stays for the next rollout of its shape, with its buffers (0.5 GB for 16 long paths of a 2B)."""
-    decoder = Decoder(model, processor, Q, G, P, C, temperature)
-    if model.device.type == "cuda":                            # elsewhere, in the tests, the same steps run uncaptured
-        decoder.capture()
-    return decoder
+    """A Decoder with its graphs, kept from rollout to rollout, for prompts of up to P tokens or more."""
+    key = model, processor, Q, G, C, temperature
+    if key not in _captured or _captured[key].shape[1] < P:
+        _captured.clear()                                      # its memory first
+        _captured[key] = Decoder(model, processor, Q, G, -(-P // 256) * 256, C, temperature)
+        if model.device.type == "cuda":                        # elsewhere, in the tests, the same steps run uncaptured
+            _captured[key].capture()
+    return _captured[key]
 
 
 def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1.2, seeds=None, bar=None,
@@ -1177,7 +1230,6 @@ def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1
     uniform = torch.stack([1 - torch.rand(group_size, max_new_tokens, generator=g) for g in generators])   # (Q, G, C)
     model.eval()
     with torch.inference_mode():                               # as no_grad, and less to do for each small operation
-        P = -(-P // 128) * 128 if constant_shape else P        # few shapes, few captures
         make = captured_decoder if constant_shape else Decoder
         decoder = make(model, processor, Q, group_size, P, max_new_tokens, temperature)
         decoder.prefill(prompts, uniform)
@@ -1708,14 +1760,28 @@ def train(run, cfg, policy, reference, processor, rows, optimizer):
         run.log("metrics.jsonl", record)
         tqdm.write(format_update(record, cfg))
         if groups and step % cfg.show_every == 0:
-            row, texts, scores = groups[0].row, groups[0].texts, groups[0].scores
-            ranking = rewards[0].argsort().tolist()
-            for g in (ranking[-1], ranking[0]):                # the best and the worst of a group
-                advantage = advantages[0, g].item()
-                tqdm.write(show_path(row, texts[g], scores[g], advantage))
-                run.log("samples.jsonl", {"step": step + 1, "where": row.where, "problem": row.problem,
-                                          "path": texts[g], **scores[g], "advantage": advantage})
+            show_group(run, groups[0], advantages[0].tolist(), step + 1)
+            write_report(run)
         run.end_update(policy, processor, optimizer, step + 1, drawn)
+
+
+def show_group(run, group, advantages, step):
+    """Prints the best and the worst path of a group, and logs all of it for the report."""
+    paths = [{"text": text, **score, "advantage": advantage}
+             for text, score, advantage in zip(group.texts, group.scores, advantages)]
+    row, ranking = group.row, sorted(paths, key=lambda path: path["reward"])
+    for path in (ranking[-1], ranking[0]):
+        tqdm.write(show_path(row, path["text"], path, path["advantage"]))
+    run.log("samples.jsonl", {"step": step, "where": row.where, "problem": row.problem, "answer": row.answer,
+                              "images": list(map(str, row.images)), "key_steps": row.key_steps, "paths": paths})
+
+
+def write_report(run):
+    """The page to look at, report.html in the run folder: from its logs, at any time."""
+    if not rank():
+        sys.modules.setdefault("stepgrpo", sys.modules[__name__])              # run as a script, it has another name
+        from data.report import write_report as write
+        write(run.out)
 
 
 def summarize(groups, rewards, eos):
@@ -1872,6 +1938,7 @@ def learn(run, cfg, policy, processor, splits, optimizer):
     for name, temperature in held_out.items():
         evaluate(run, cfg, policy, processor, test_rows, f"after, {name}", temperature)
     run.save(policy, processor, optimizer)
+    write_report(run)
 
 
 def run_all(run, cfg):
@@ -1925,10 +1992,17 @@ def run_all(run, cfg):
     print_curves(run)
     if test_rows:
         print_table(run, len(test_rows))
-    print(f"\nthe policy is in {run.out / 'checkpoint'}, the curves in {run.out / 'metrics.jsonl'}")
+    print(f"\nthe policy is in {run.out / 'checkpoint'}; look at {run.out / 'report.html'}")
+
+
+# Asked for by a first argument; they stand in data/.
+TOOLS = {"--explain": "explain.py", "--report": "report.py", "--bench": "speed.py"}
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in TOOLS:
+        sys.exit(subprocess.call([sys.executable, HERE / "data" / TOOLS[argv[0]], *argv[1:]]))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                     # a terminal without ✓ is no reason to stop
             stream.reconfigure(errors="replace", line_buffering=True)
@@ -1936,7 +2010,7 @@ def main(argv=None):
     huggingface_hub.utils.enable_progress_bars()
     out = None
     try:
-        cfg = parse_config(sys.argv[1:] if argv is None else argv)
+        cfg = parse_config(argv)
         out = cfg.out
         join_ranks(cfg)
         run_all(Run(cfg), cfg)

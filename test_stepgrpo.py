@@ -14,6 +14,7 @@ import csv
 import doctest
 import functools
 import hashlib
+import html.parser
 import importlib.util
 import inspect
 import io
@@ -34,7 +35,7 @@ import tracemalloc
 import zlib
 from collections import Counter, deque
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import asdict, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def load_script(name):
 
 ks, shapes = load_script("key_steps"), load_script("shapes")
 bench = load_script("bench")                     # after shapes, which it imports
+speed, rep, ablation = load_script("speed"), load_script("report"), load_script("ablation")
 PROJECT_FILES = [HERE / "stepgrpo.py", HERE / "eval.py", *sorted((HERE / "data").glob("*.py"))]
 
 
@@ -668,7 +670,7 @@ def at_log(phase, step, act):
 
 def test_only_the_four_packages_and_the_standard_library_are_imported():
     allowed = {"torch", "transformers", "huggingface_hub", "safetensors", "PIL", "tqdm"} | sys.stdlib_module_names
-    own = {"eval.py": {"stepgrpo", "data"}, "bench.py": {"shapes"}}            # the other files stand alone
+    own = {"stepgrpo.py": {"data"}, "eval.py": {"stepgrpo", "data"}, "bench.py": {"shapes"}}     # others stand alone
     own |= dict.fromkeys(("report.py", "speed.py", "explain.py", "ablation.py"), {"stepgrpo"})
     for file in PROJECT_FILES:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -842,19 +844,23 @@ def test_the_paths_of_a_question_do_not_depend_on_the_batch_it_is_asked_in(any_m
 def test_the_decoding_step_of_constant_shape_equals_the_eager_one(any_model, temperature):
     """What a CUDA graph replays, against buffers that shrink with the batch; on the CPU the same steps, not captured.
 
-    Three rollouts of one shape use the same buffers, so what the last one left there must not show.
+    Three rollouts of one shape use the same buffers, also with shorter prompts: what the last one left must not show.
     """
     model, processor = any_model
-    prompts = prompts_of(processor)
-    sg.captured_decoder.cache_clear()
-    for order in ((0, 1, 2), (2, 0, 1), (0, 1, 2)):
+    prompts, decoders = prompts_of(processor), []
+    sg._captured.clear()
+    for order in ((0, 1, 2), (2, 0, 2), (0, 1, 2)):
         asked = [prompts[q] for q in order]
         eager, static = (sg.rollout(model, processor, asked, 4, 40, temperature, order, constant_shape=constant)
                          for constant in (False, True))
         assert same(static.ids, eager.ids) and static.texts == eager.texts
         assert torch.allclose(*(torch.cat(sum(x.logps, [])) for x in (static, eager)), atol=CLOSE)
-    assert sg.captured_decoder.cache_info()[:2] == (2, 1)      # made once, used three times
-    sg.captured_decoder.cache_clear()
+        decoders += sg._captured.values()
+    assert decoders[0] is decoders[1] is decoders[2]           # made once, used three times
+    long = processor.prompt("Why? " * 300)
+    sg.rollout(model, processor, [long] * 3, 4, 40, temperature, constant_shape=True)
+    assert len(sg._captured) == 1 and decoders[0] not in sg._captured.values()         # a longer prompt needs another
+    sg._captured.clear()
 
 
 def test_a_step_changes_no_buffer_for_another(any_model):
@@ -881,8 +887,7 @@ def test_rounding_in_the_cumulative_sum_never_samples_a_banned_id(small_model, m
     banned = int(processor.banned.nonzero()[0])
     monkeypatch.setattr(torch, "searchsorted", lambda cdf, values: torch.full_like(values, banned, dtype=torch.long))
     sampled = sg.rollout(model, processor, prompts_of(processor), 2, 4)
-    greedy = sg.rollout(model, processor, prompts_of(processor), 2, 4, 0)
-    assert same(sampled.ids, greedy.ids)
+    assert [path.tolist() for group in sampled.ids for path in group] == [processor.eos[:1]] * 6
 
 
 def test_checkpointed_gradients_equal_plain_ones(small_model):
@@ -1475,7 +1480,12 @@ def test_a_run_trains_and_logs_every_update(straight):
     saved = json.loads((straight / "config.json").read_text())
     assert set(saved) == {f.name for f in fields(sg.Config)} and saved["steps"] == 4
     samples = records(straight / "samples.jsonl")
-    assert [row["step"] for row in samples] == [1, 1, 3, 3] and samples[0]["reward"] >= samples[1]["reward"]
+    assert [row["step"] for row in samples] == [1, 3] and all(Path(samples[0]["images"][0]).is_file() for _ in samples)
+    for row in samples:
+        A = sg.group_advantages(torch.tensor([[path["reward"] for path in row["paths"]]]))[0].tolist()
+        assert [path["advantage"] for path in row["paths"]] == pytest.approx(A) and len(A) == 2
+    page = (straight / "report.html").read_text(encoding="utf-8")
+    assert "4 of 4" in page or "finished" in page
     assert not list(straight.glob("checkpoint.*"))
 
 
@@ -1620,7 +1630,7 @@ def test_a_line_separator_in_a_sampled_path_does_not_shift_the_logs_on_resume(st
             assert run_main(*run_flags(out, shapes_set)) == 130
         before = records(out / "samples.jsonl")
         assert run_main("--resume", "--out", out) == 0
-    assert "\u2028" in before[0]["path"] and records(out / "samples.jsonl") == before and len(before) == 4
+    assert "\u2028" in before[0]["paths"][0]["text"] and records(out / "samples.jsonl") == before and len(before) == 2
 
 
 def test_more_steps_after_the_end_are_evaluated_again(shapes_set, tmp_path):
@@ -1743,10 +1753,10 @@ def test_a_non_finite_loss_in_a_later_inner_update_saves_the_state_before_the_up
 
 # -- several processes
 
-def torchrun(processes, *flags):
-    """The script under torchrun on the CPU (gloo) → its exit status and what it printed."""
+def torchrun(processes, *flags, script=HERE / "stepgrpo.py"):
+    """A script under torchrun on the CPU (gloo) → its exit status and what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", "0",
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", HERE / "stepgrpo.py", *flags]
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", script, *flags]
     done = subprocess.run([str(part) for part in command], env=os.environ | {"OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
@@ -1789,23 +1799,19 @@ def test_two_processes_stop_together_and_go_on_bit_for_bit(shapes_set, tmp_path)
     """A stop asked of one process is one of all. In bf16, where the masters are kept apart."""
     flags = dict(questions=2, warmup_batch=2, micro_batch=1, dtype="bfloat16", save_every=100, skip_flat_groups=True)
     assert torchrun(2, *run_flags(tmp_path / "whole", shapes_set, **flags))[0] == 0
-    stop = """import os, runpy, signal, sys
-sys.path.insert(0, {here!r})
+    script = tmp_path / "stop.py"
+    script.write_text(f"""import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
 import stepgrpo as sg
 log = sg.Run.log
 def spy(run, file, record):
     log(run, file, record)
-    if record.get("phase") == "StepGRPO" and record["step"] == 2:
+    if sg.rank() == 0 and record.get("phase") == "StepGRPO" and record["step"] == 2:
         os.kill(os.getpid(), signal.SIGINT)
 sg.Run.log = spy
 sg.main(sys.argv[1:])
-"""
-    script = tmp_path / "stop.py"
-    script.write_text(stop.format(here=str(HERE)))
-    with pytest.MonkeyPatch.context() as patch:                # rank 0 alone logs, so it alone is asked
-        patch.setattr(sys.modules[__name__], "HERE", tmp_path)
-        (tmp_path / "stepgrpo.py").write_text(script.read_text())
-        status, printed = torchrun(2, *run_flags(tmp_path / "run", shapes_set, **flags))
+""")
+    status, printed = torchrun(2, *run_flags(tmp_path / "run", shapes_set, **flags), script=script)
     assert status != 0 and "Go on with" in printed
     assert [row["step"] for row in metrics(tmp_path / "run") if row["phase"] == "StepGRPO"] == [1, 2]
     status, printed = torchrun(2, "--resume", "--out", tmp_path / "run")
@@ -2055,7 +2061,8 @@ def test_a_device_that_is_not_there_gives_one_clear_line(shapes_set, tmp_path):
 # -- the promise of copy and paste
 
 UNITS = ["build_instruction", "split_path", "final_answer", "same_answer", "parse_key_steps", "match_key_steps",
-         "matched_key_steps", "step_accuracy_reward", "step_validity_reward", "group_advantages", "grpo_loss",
+         "matched_key_steps", "step_accuracy_reward", "step_validity_reward", "solution_answer", "step_accuracy",
+         "step_validity", "compute_score", "group_advantages", "grpo_loss",
          "mrope_positions", "rotate", "tempered_logps", "token_logps", "warmup_schedule", "fitted_size"]
 
 
@@ -2134,7 +2141,7 @@ def test_pasted_units_work():
     assert 3000 / 200 < unit["fitted_size"](10, 3000, 400_000)[0] <= 3000 / 100
 
 
-@pytest.mark.parametrize("unit", UNITS[:9])
+@pytest.mark.parametrize("unit", UNITS[:13])
 def test_the_docstring_of_a_unit_says_what_must_be_pasted_with_it(unit):
     missing = [name for name in own_names(TOP_LEVEL[unit]) - {unit} if name not in getattr(sg, unit).__doc__]
     assert not missing
@@ -2567,7 +2574,7 @@ COMMANDS = [(file.relative_to(HERE).as_posix(), command)
             for file in (HERE / "README.md", HERE / "data" / "README.md") if file.exists()
             for block in re.findall(r"^```bash\n(.*?)^```", file.read_text(encoding="utf-8"), re.M | re.S)
             for line in block.replace("\\\n", " ").splitlines()
-            for command in re.split(r"&&|;|\|", line.split(" #")[0]) if command.strip().startswith("python ")]
+            for command in re.split(r"&&|;|\|", line.split(" #")[0]) if command.strip().startswith(("python ", "torchrun "))]
 
 
 @pytest.mark.skipif(not (HERE / "README.md").exists(), reason="README.md is not written yet")
@@ -2578,14 +2585,16 @@ def test_the_readme_shows_the_default_command_and_the_tests():
 
 @pytest.mark.parametrize("file, command", COMMANDS, ids=[command.strip() for _, command in COMMANDS])
 def test_a_command_of_the_readmes_is_accepted(file, command, tmp_path, monkeypatch):
-    _, script, *flags = shlex.split(command)
+    _, script, *flags = shlex.split(re.sub(r"^torchrun --nproc-per-node \d+", "python", command))
     if script == "-m":
         assert flags[0] in ("venv", "pytest") and (flags[0] == "venv" or all((HERE / f).exists() for f in flags[1:]
                                                                               if f.endswith(".py")))
         return
     assert (HERE / script).is_file(), f"{file}: {script} is not there"
     monkeypatch.chdir(tmp_path)
-    if script == "stepgrpo.py":
+    if flags and flags[0] in sg.TOOLS:
+        assert script == "stepgrpo.py" and (HERE / "data" / sg.TOOLS[flags[0]]).is_file()
+    elif script == "stepgrpo.py":
         try:
             assert sg.parse_config(flags)
         except sg.UserError as problem:
@@ -2595,10 +2604,26 @@ def test_a_command_of_the_readmes_is_accepted(file, command, tmp_path, monkeypat
     elif script == "data/key_steps.py":
         monkeypatch.setenv("OPENAI_API_KEY", "x")
         assert ks.read_arguments(flags)
+    elif script == "data/report.py":
+        assert len(flags) == 1
     else:
         helped = subprocess.run([sys.executable, str(HERE / script), "--help"], capture_output=True, text=True,
                                 check=True)
         assert all(flag in helped.stdout for flag in flags if flag.startswith("--"))
+
+
+def test_the_walk_through_of_the_readme_is_what_explain_prints():
+    """Block by block; numbers may differ by rounding on another machine."""
+    command = [sys.executable, str(HERE / "stepgrpo.py"), "--explain"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    shown = [block for block in re.findall(r"^```text\n(.*?)^```", readme, re.M | re.S) if block.startswith("── ")]
+    blocks = [block.rstrip("\n") + "\n" for block in re.split(r"\n(?=── )", printed)]
+    assert len(shown) == len(blocks) == 7
+    for a, b in zip(shown, blocks):
+        number = r"[-+]?\d+\.\d+"
+        assert re.sub(number, "#", a) == re.sub(number, "#", b)
+        assert list(map(float, re.findall(number, a))) == pytest.approx(list(map(float, re.findall(number, b))), abs=0.11)
 
 
 def test_the_example_of_the_data_readme_is_a_good_row(folder):
@@ -4967,3 +4992,612 @@ def test_responses_that_failed_and_empty_sets(tmp_path):
     assert ev.score("mme", row, None) == ev.score("mme", row, float("nan")) == 0
     with pytest.raises(ValueError, match="no rows"):
         ev.summarize("mme", [], [])
+
+
+# ─── 15. data/speed.py ────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_peak_memory_counts_what_lives_and_not_views_or_what_was_there():
+    known = torch.zeros(1000)
+    with speed.PeakMemory([known]) as memory:
+        a = torch.ones(100) * 2                                # two of 400 bytes, one of which goes at once
+        assert (memory.now, memory.peak) == (400, 800)
+        view, same_one = a[:50], known.view(10, 100).T
+        assert memory.now == 400
+        del a
+        assert memory.now == 400                               # the view keeps it
+        del view
+        assert (memory.now, memory.peak) == (0, 800) and same_one.shape == (100, 10)
+
+
+def test_every_part_of_the_bench_runs_and_both_updates_have_the_same_gradient(capsys):
+    model, processor = speed.build("tiny", torch.device(DEVICE), torch.float32)
+    speed.bench_rollout(model, processor, [("small", 2, 3, (3, 2), 9)], 1)
+    speed.bench_update(model, processor, 12, 1)
+    cfg = sg.Config(**sg.TINY | dict(questions=2, group_size=2, max_new_tokens=8, micro_batch=1))
+    optimizer, reference = speed.bench_step(model, processor, cfg, (3, 1), 1)
+    speed.bench_memory(model, reference, optimizer)
+    printed = capsys.readouterr().out
+    assert re.search(r"small +2 +3 +\d+ +9 ", printed) and "peak memory" in printed and "GB: policy" in printed
+    differences = re.findall(r"differ by (\S+)", printed)[:2]
+    assert len(differences) == 2 and all(float(x) < 1e-4 for x in differences)
+    parts = set(re.findall(r"^ +([a-z: ]+?) +[\d.]+ %", printed, re.M))
+    assert {"rollout", "rewards", "reference", "optimiser"} <= parts
+    assert not hasattr(sg.rollout, "__wrapped__") and not hasattr(torch.Tensor.backward, "__wrapped__")    # clocks off
+
+
+def test_no_path_of_the_bench_ends_early():
+    model, processor = speed.build("tiny", torch.device(DEVICE), torch.float32)
+    prompts = speed.make_prompts(processor, 2, (2, 1))
+    assert {len(path) for group in sg.rollout(model, processor, prompts, 4, 30, 2.0).ids for path in group} == {30}
+    out = speed.generate(model, prompts, 4, 30, 2.0)
+    assert out.shape == (8, len(prompts[0].ids) + 30)
+
+
+def test_the_2b_shape_is_counted_without_its_weights(capsys):
+    speed.count_2b(2, 64, 100, 400)
+    printed = capsys.readouterr().out
+    assert "2.209 G parameters" in printed                     # as the published checkpoint
+    parts = dict(re.findall(r"^ {6}(.+?) +([\d.]+) GB$", printed, re.M))
+    assert float(parts["moments, fp32"]) == pytest.approx(2 * float(parts["masters, fp32"]), abs=0.01)
+    assert 0 < float(parts["activations"]) < 2 and 0 < float(parts["cache and buffers of 4 questions"]) < 0.5
+
+
+def test_the_bench_is_reached_by_its_flag():
+    command = [sys.executable, str(HERE / "stepgrpo.py"), "--bench", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "--repeats" in done.stdout
+
+
+# ─── 16. data/report.py ───────────────────────────────────────────────────────────────────────────────────────────────
+
+# -- a fake run
+
+class Page(html.parser.HTMLParser):
+    """A page as (tag, attributes, text inside) in order of opening; text of <style> does not count."""
+    VOID = {"img", "meta", "path", "polyline", "circle"}
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.found, self.open = [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, "every tag is closed"
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append([tag, dict(attrs), ""])
+        if tag not in self.VOID:
+            self.open.append(self.found[-1])
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append([tag, dict(attrs), ""])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element[2] += data
+
+    def all(self, tag, kind=None):
+        return [(attrs, text) for name, attrs, text in self.found
+                if name == tag and (kind is None or kind in attrs.get("class", "").split())]
+
+    def text(self):
+        return next(text for tag, _, text in self.found if tag == "body")
+
+
+def report_path(steps=("There are 7 objects.", "3 balls go.", "7 - 3 = 4"), description="Seven objects.",
+           rationale="Subtract.", answer="4"):
+    return shapes.write_path(description, rationale, list(enumerate(steps, 1)), answer)
+
+
+REPORT_KEYS = [["7 objects", "seven objects"], ["3 balls"], ["7 - 3 = 4", "7 minus 3 is 4"]]
+
+
+def a_group(texts, step=1, key_steps=REPORT_KEYS, answer="4", cfg=None, **changes):
+    """A line of samples.jsonl, scored as in training."""
+    row = sg.Row("data/train.json row 3", "How many are left?", answer, "", key_steps, [])
+    scores = [sg.score_path(text, row, cfg or sg.Config()) for text in texts]
+    advantages = sg.group_advantages(torch.tensor([[score["reward"] for score in scores]]))[0].tolist()
+    return {"step": step, "where": row.where, "problem": row.problem, "answer": answer, "images": [],
+            "key_steps": key_steps, "paths": [{"text": text, **score, "advantage": A}
+                                              for text, score, A in zip(texts, scores, advantages)]} | changes
+
+
+def an_update(step, **changes):
+    return {"phase": "StepGRPO", "step": step, "questions": 4, "flat_groups": 1, "lr": 1e-6, "seconds": 2.0, "kl": .01,
+            "clip_fraction": 0.0, "ratio": 1.0, "loss": 0.0, "sampling_gap": 0.0, "grad_norm": .3, "reward": 1.6,
+            "right": .6, "step_accuracy": .68, "step_validity": .9, "k": .8, "reward_std": .5, "length": 70.0,
+            "cut": 0.0} | changes
+
+
+def an_evaluation(name, right):
+    return {"phase": "evaluation", "name": name, "questions": 100, "right": right, "step_accuracy": right + .05,
+            "step_validity": .9, "k": .5}
+
+
+def a_run(folder, metrics=None, groups=None, **settings):
+    """Writes a run folder, with what a short run logs unless it is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = asdict(sg.Config()) | {"steps": 3, "warmup_steps": 2} | settings
+    (folder / "config.json").write_text(json.dumps(cfg))
+    if metrics is None:
+        metrics = [*({"phase": "warm-up", "step": s, "loss": 3 / s, "grad_norm": 1.0, "lr": 1e-5} for s in (1, 2)),
+                   an_evaluation("before, greedy", .4), *map(an_update, (1, 2, 3)), an_evaluation("after, greedy", .65)]
+    groups = [a_group([report_path(), report_path(answer="5")])] if groups is None else groups
+    for name, records in (("metrics", metrics), ("samples", groups)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return folder
+
+
+def page_of(folder):
+    return Page(rep.write_report(folder).read_text(encoding="utf-8"))
+
+
+# -- the page
+
+def test_the_page_shows_settings_progress_gain_curves_and_paths(tmp_path):
+    page = page_of(a_run(tmp_path / "first", seed=7))
+    text = page.text()
+    assert page.all("title")[0][1].startswith("first") and page.all("h1")[0][1] == "first"
+    assert "seed 7" in text and "finished after 3 updates, 2 s each" in text
+    assert "0.400" in text and "0.650" in text and "+0.250" in text
+    figures = page.all("figure")
+    assert len(figures) == len(page.all("svg")) == 6
+    assert all(caption.count(".") >= 1 for _, caption in page.all("figcaption"))
+    assert [text for _, text in page.all("span", "s1")] == ["StepRAR 0.68", "k 0.8"]
+    assert len(page.all("details", "group")) == 1 and len(page.all("article")) == 2
+    assert [attrs["name"] for attrs, _ in page.all("meta") if "name" in attrs] == ["viewport"]
+
+
+def test_the_page_needs_no_script_and_nothing_from_elsewhere(tmp_path):
+    Image.new("RGB", (60, 20), "red").save(tmp_path / "a.png")
+    group = a_group([report_path()] * 2, images=[str(tmp_path / "a.png")])
+    file = rep.write_report(a_run(tmp_path / "run", groups=[group]))
+    page, text = Page(file.read_text(encoding="utf-8")), file.read_text(encoding="utf-8")
+    assert not page.all("script") and not page.all("link") and "@import" not in text and "url(" not in text
+    assert "http:" not in text and "https:" not in text
+    for tag, attrs, _ in page.found:
+        assert not {"href", "srcset", "action"} & attrs.keys() and not any(name.startswith("on") for name in attrs)
+        assert attrs.get("src", "data:image/").startswith("data:image/"), tag
+
+
+HOSTILE_MARKUP = ["<script>alert(1)</script>", "</style>", '"><img src=x onerror=alert(1)>', "a & b &lt; <b>c",
+                  "' onload='1",
+           "</details></article>", "<!--", "]]>"]
+
+
+@pytest.mark.parametrize("bad", HOSTILE_MARKUP)
+def test_no_text_of_model_or_data_becomes_a_tag(bad, tmp_path):
+    def shape(page):
+        return [(tag, sorted(attrs)) for tag, attrs, _ in page.found]
+
+    def written(name, word):
+        steps = (f"{word} 7 objects {word}", f"{word}", f"so 7 - 3 = 4 {word}")
+        group = a_group([report_path(steps, word, word, word), report_path(answer=word) + f"\n### Step 9: {word}"],
+                        key_steps=[[f"7 objects {word}"], [word, word], ["nowhere " + word]], answer=word + " 4",
+                        where=word, problem=word, images=["/nowhere/" + word.replace("/", "")])
+        evaluations = [an_evaluation(f"before, {word}", .5), an_update(1), an_evaluation(f"after, {word}", .6)]
+        return rep.write_report(a_run(tmp_path / name, evaluations, [group], model=word, data=word))
+
+    hostile, harmless = written("run " + bad.replace("/", ""), bad), written("harmless", "word")
+    page = Page(hostile.read_text(encoding="utf-8"))
+    assert {tag for tag, _ in shape(page)} <= {tag for tag, _ in shape(Page(harmless.read_text(encoding="utf-8")))}
+    allowed = {"class", "style", "title", "open", "name", "content", "charset", "lang", "d", "x", "y", "dy", "cx", "cy",
+               "r", "points", "viewbox", "role", "aria-label", "text-anchor"}
+    assert {name for _, attrs in shape(page) for name in attrs} <= allowed
+    assert not {"script", "img", "iframe", "link"} & {tag for tag, _ in shape(page)}
+    assert page.text().count(bad) >= 10 and len(page.all("article")) == 2 and len(page.all("style")) == 1
+    assert bad.replace("/", "") in page.all("title")[0][1]
+
+
+def test_a_run_that_has_logged_nothing_yet_has_a_page(tmp_path):
+    page = page_of(a_run(tmp_path / "run", [], []))
+    assert "nothing is logged yet" in page.text() and "No paths are logged yet" in page.text()
+    assert not page.all("figure") and not page.all("table")
+    (tmp_path / "run" / "samples.jsonl").unlink()              # written by someone who made only the metrics
+    assert "No paths" in page_of(tmp_path / "run").text()
+
+
+def test_progress_tells_warm_up_update_and_end(tmp_path):
+    warm = [{"phase": "warm-up", "step": 1, "loss": 2.0}]
+    before, after = an_evaluation("before, greedy", .4), an_evaluation("after, greedy", .5)
+    for records, words in ((warm, "warm-up, update 1 of 2"), ([before, an_update(1)], "update 1 of 3"),
+                           ([before, an_update(3)], "update 3 of 3"), ([before, an_update(3), after], "finished"),
+                           ([before, an_update(2), after, an_update(3)], "update 3 of 3"),     # the run was prolonged
+                           ([an_update(3)], "finished after 3 updates")):
+        assert words in page_of(a_run(tmp_path / "run", records)).text()
+
+
+def test_updates_without_a_group_and_values_that_are_no_numbers_do_not_stop_the_page(tmp_path):
+    empty = {"phase": "StepGRPO", "step": 2, "questions": 0, "flat_groups": 16, "lr": 0.0, "seconds": 1.0}
+    page = page_of(a_run(tmp_path / "run", [an_update(1, kl=float("nan")), empty, an_update(3, kl=float("inf"))],
+                         skip_flat_groups=True))
+    titles = [text for _, text in page.all("h3")]
+    assert "Reward" in titles and "KL to the reference" not in titles
+    # 1 of 5, 16 of 16, 1 of 5 groups were flat
+    assert next(text for _, text in page.all("figure") if text.startswith("Flat")).startswith("Flat groupsshare 0.2")
+
+
+# -- logs
+
+@pytest.mark.parametrize("torn", ['{"phase": "StepGRPO", "ste', '{"phase": "Ste\u00e9', "1", '"x'])
+def test_a_last_line_torn_by_a_killed_process_is_left_out(torn, tmp_path):
+    folder = a_run(tmp_path / "run")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(folder / name, "ab") as file:
+            file.write(torn.encode()[:-1] if not torn.isascii() else torn.encode())
+    assert "finished after 3 updates" in page_of(folder).text()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("line", ['{"phase": "Ste', "7", "[]", "", "null", '{"step": 1}', "\udcff"])
+def test_a_malformed_line_is_named_and_the_old_page_stays(name, line, tmp_path):
+    folder = a_run(tmp_path / "run", groups=[a_group([report_path()] * 2)] * 4)
+    old = rep.write_report(folder).read_text(encoding="utf-8")
+    lines = (folder / name).read_text(encoding="utf-8").split("\n")
+    (folder / name).write_text("\n".join([*lines[:2], line, *lines[3:]]), encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(sg.UserError, match=rf"{name} line 3 "):
+        rep.write_report(folder)
+    assert (folder / "report.html").read_text(encoding="utf-8") == old
+
+
+def test_samples_of_an_older_version_are_named_with_what_they_lack(tmp_path):
+    folder = a_run(tmp_path / "run", groups=[{"step": 1, "where": "x", "problem": "p", "path": "text", "reward": 1.0}])
+    with pytest.raises(sg.UserError, match="samples.jsonl line 1 .*no answer, images, key_steps, paths"):
+        rep.write_report(folder)
+
+
+def test_what_is_no_run_is_one_line_and_no_traceback(tmp_path):
+    with pytest.raises(sg.UserError, match="nowhere holds no metrics.jsonl"):
+        rep.write_report(tmp_path / "nowhere")
+    folder = a_run(tmp_path / "run")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(sg.UserError, match="cannot read .*config.json"):
+        rep.write_report(folder)
+    (folder / "config.json").write_text('{"steps": 3}')        # of an older version: the defaults of today fill in
+    assert "finished" in page_of(folder).text()
+    for target, code, said in ((tmp_path / "nowhere", 1, "report: "), (folder, 0, "")):
+        done = subprocess.run([sys.executable, HERE / "data" / "report.py", target], capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") <= 1
+        assert "Traceback" not in done.stderr
+    assert done.stdout.strip() == str(folder / "report.html")
+
+
+def test_a_crash_while_writing_leaves_the_old_page(tmp_path, monkeypatch):
+    folder = a_run(tmp_path / "run")
+    old = rep.write_report(folder).read_bytes()
+    a_run(tmp_path / "run", model="another")
+
+    def half(self, text, **_):
+        self.write_bytes(text[:len(text) // 2].encode())
+        raise OSError("no space left on device")
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space"):
+        rep.write_report(folder)
+    assert (folder / "report.html").read_bytes() == old
+    monkeypatch.undo()
+    assert b"another" in rep.write_report(folder).read_bytes() and not (folder / "report.html.new").exists()
+
+
+def test_a_long_run_is_written_fast_and_small(tmp_path):
+    rng = random.Random(0)
+    paths = [report_path((f"There are {rng.randint(5, 9)} objects.", "3 balls go.", f"7 - 3 = {rng.randint(3, 5)}"),
+                    f"Objects {i}.") for i in range(800)]
+    groups = [a_group(paths[8 * i:8 * i + 8], step=100 * i + 1) for i in range(100)]
+    folder = a_run(tmp_path / "run", [an_update(s + 1, kl=rng.random()) for s in range(13_000)], groups)
+    durations = []
+    for _ in range(3):
+        began = time.perf_counter()
+        page = rep.write_report(folder)
+        durations.append(time.perf_counter() - began)
+    assert min(durations) < 0.3 * 3 and page.stat().st_size < 2_000_000         # thrice, for machines under load
+    for attrs, _ in Page(page.read_text(encoding="utf-8")).all("polyline"):
+        assert len(attrs["points"].split()) <= 200
+
+
+# -- groups
+
+@pytest.mark.parametrize("number", [1, 2, 23, 24, 25, 47, 100])
+def test_groups_are_thinned_evenly_with_the_first_and_the_last(number, tmp_path):
+    page = page_of(a_run(tmp_path / "run", groups=[a_group([report_path()] * 2, step=s) for s in range(number)]))
+    shown = [int(text.split()[1]) for _, text in page.all("b") if text.startswith("update ") and "of" not in text]
+    assert len(shown) == min(number, 24) and shown[0] == 0 and shown[-1] == number - 1
+    gaps = {b - a for a, b in itertools.pairwise(shown)}
+    assert not gaps or 0 < min(gaps) <= max(gaps) <= min(gaps) + 1
+    assert ["open" in attrs for attrs, _ in page.all("details", "group")] == [False] * (len(shown) - 1) + [True]
+
+
+def test_images_are_embedded_shrunk_and_a_missing_one_is_named(tmp_path):
+    Image.effect_noise((1600, 800), 80).save(tmp_path / "large.jpg")
+    Image.new("RGBA", (60, 20), (255, 0, 0, 128)).save(tmp_path / "small.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "small.png").read_bytes()[:50])
+    images = [str(tmp_path / name) for name in ("large.jpg", "small.png", "torn.png", "gone.png", "n" * 300)]
+    page = page_of(a_run(tmp_path / "run", groups=[a_group([report_path()] * 2, images=images)]))
+    large, small = (attrs for attrs, _ in page.all("img"))
+    assert (large["width"], large["height"]) == ("480", "240") and large["src"].startswith("data:image/jpeg;base64,")
+    assert (small["width"], small["height"]) == ("60", "20") and small["src"].startswith("data:image/png;base64,")
+    assert "image cannot be read: torn.png" in page.text() and "image not found: gone.png" in page.text()
+
+
+def test_an_image_is_encoded_once_however_often_the_report_is_written(tmp_path, monkeypatch):
+    loaded, load = [], rep.load_image
+    monkeypatch.setattr(rep, "load_image", lambda *args: loaded.append(args) or load(*args))
+    Image.new("RGB", (60, 20), "red").save(tmp_path / "a.png")
+    folder = a_run(tmp_path / "run", groups=[a_group([report_path()] * 2, images=[str(tmp_path / "a.png")])] * 2)
+    for _ in range(3):
+        rep.write_report(folder)
+    assert len(loaded) == 1
+
+
+def test_paths_come_best_first_and_equal_ones_share_a_card(tmp_path):
+    texts = [report_path(answer="5"), report_path(), "no section", report_path()]
+    page = page_of(a_run(tmp_path / "run", groups=[a_group(texts)]))
+    cards = [text for _, text in page.all("article")]
+    assert [card[:4] for card in cards] == ["2.10", "1.10", "0.00"]
+    assert "2 alike" in cards[0] and "alike" not in cards[1]
+    assert "right 1" in cards[0] and "key steps 3/3: 0.10" in cards[0] and "StepRVR 1" in cards[0]
+    assert "✗ right: 4" in cards[1] and "no section of the template" in cards[2]
+    dots = [attrs["class"] for attrs, _ in page.all("i") if "class" in attrs and "style" not in attrs]
+    assert dots[3:] == ["pos", "pos", "neg", "neg"]            # the first three are the legend
+    bars = [attrs for attrs, _ in page.all("i") if "left:" in attrs.get("style", "")]
+    assert [bar["class"] for bar in bars] == ["pos", "neg", "neg"]
+    for bar in bars:
+        left, width = (float(part.split(":")[1].rstrip("%")) for part in bar["style"].split(";"))
+        assert 0 <= left and left + width <= 100 and 50 in (left, round(left + width, 1))
+
+
+def test_what_the_reward_leaves_out_is_struck_through(tmp_path):
+    for reward, off in (("step", []), ("accuracy", ["StepRVR 1"]), ("outcome", ["key steps 3/3: 0.10", "StepRVR 1"]),
+                        ("validity", ["right 1", "key steps 3/3: 0.10"])):
+        page = page_of(a_run(tmp_path / "run", groups=[a_group([report_path()] * 2)], reward=reward))
+        assert [text for _, text in page.all("span", "off")] == off
+
+
+def test_paths_without_key_steps_and_without_an_answer_are_explained(tmp_path):
+    nothing = report_path().split("### The final")[0]
+    page = page_of(a_run(tmp_path / "run", groups=[a_group([report_path(), nothing])]))
+    assert "without an answer, key steps do not count" in page.all("article")[1][1]
+    page = page_of(a_run(tmp_path / "run", groups=[a_group([report_path(), nothing], key_steps=[])]))
+    assert "no key steps" in page.all("article")[0][1] and not page.all("mark")[1:]        # one is in the legend
+
+
+# -- marks
+
+@pytest.mark.parametrize("step, form, words", [
+    ("There are 7 objects.", "7 objects", "7 objects"),
+    ("There are **seven objects** here", "Seven objects", "seven objects"),
+    ("So \\frac{6}{3} = 2 units.", "6/3=2", "\\frac{6}{3} = 2"),
+    ("6 divided by 3 equals 2, so 2", "6 / 3 = 2", "6 divided by 3 equals 2"),
+    ("It costs 1,300 dollars, not 13.", "1300 dollars", "1,300 dollars"),
+    ("It is not 3 objects. It has 3 objects.", "3 objects", "3 objects"),
+    ("x = 3.5 and then x = 3", "x = 3", "x = 3"),
+    ("2x = 3, and so x = 3", "x = 3", "x = 3"),
+    ("It is 3 <b>red</b> balls", "3", "3"),
+    ("- 3 balls\n- 4 cubes", "4 cubes", "4 cubes"),
+])
+def test_the_words_of_a_key_step_are_found_in_the_text_as_it_stands(step, form, words):
+    start, end = rep.find_span(step, sg.canonical(form))
+    assert step[start:end] == words
+    assert step.rindex(words) == start                         # where there are two, the first is negated or a part
+
+
+def test_no_words_are_marked_that_the_reward_does_not_see():
+    for step, form in (("There are not 3 objects.", "3 objects"), ("13 objects", "3 objects"), ("2x = 3", "x = 3"),
+                       ("", "3"), ("3.5 objects", "5 objects"), ("7 - 3 = 4 / 2", "7 - 3 = 4")):
+        assert rep.find_span(step, sg.canonical(form)) is None
+
+
+def test_a_span_is_found_only_where_the_step_says_the_form():
+    rng, words = random.Random(1), ["3", "7", "x", "=", "-", "not", "red", "objects", ".", "3.5", ",", "\\frac{1}{2}"]
+    found = 0
+    for _ in range(1500):
+        step = " ".join(rng.choices(words, k=rng.randint(3, 9)))
+        form = sg.canonical(" ".join(rng.choices(words, k=rng.randint(1, 3))))
+        if not form:
+            continue
+        span = rep.find_span(step, form)
+        if span:
+            found += 1
+            words_found = step[slice(*span)]
+            assert sg.canonical(words_found) == form and words_found == words_found.strip()
+            assert sg.says(sg.canonical("\n" + step).split(), form.split())
+    assert found > 100
+
+
+def test_a_step_that_goes_in_circles_does_not_hold_the_report_up():
+    for step in ("There are not 3 objects. " * 400, "7 - 3 = 4 / " * 800, "3 " * 5000, "(" * 9999, "\\frac{" * 1600):
+        began = time.perf_counter()
+        rep.mark(step, [["3 objects"], ["7 - 3 = 4"], ["3"]])
+        assert time.perf_counter() - began < 3
+
+
+def test_marks_stand_in_the_step_that_earned_them_and_change_no_text(tmp_path):
+    rng = random.Random(2)
+    names = ["red", "7 objects", "3 balls", "7 - 3 = 4", "not 3 balls", "\\frac{6}{3}=2", "& <b>"]
+    for _ in range(30):
+        texts = [report_path([" ".join(rng.choices(names, k=rng.randint(1, 5))) for _ in range(3)],
+                             "7 objects", "3 balls")
+                 for _ in range(4)]
+        group = a_group(texts, key_steps=REPORT_KEYS + [["6/3 = 2"]])
+        page = page_of(a_run(tmp_path / "run", groups=[group]))
+        for path in group["paths"]:
+            sections = sg.split_path(path["text"])
+            bodies = [sections.description, sections.rationale, *sections.steps, sections.answer]
+            html_of = rep.render_sections(path, group, sg.matched_key_steps(path["text"], group["key_steps"]))
+            card = Page(html_of)
+            assert [text for _, text in card.all("span", "text")] == bodies
+            earned = sg.matched_key_steps(path["text"], group["key_steps"])
+            per_step = html_of.split("<h4>")[1:]
+            for index, part in enumerate(per_step):
+                shown = Page("<h4>" + part)
+                forms = [group["key_steps"][k] for k, step in enumerate(earned) if step == index - 2]
+                marks = [attrs["title"] for attrs, _ in shown.all("mark")]
+                chips = [text[2:] for _, text in shown.all("span", "yes") if text != "✓ right"]
+                assert sorted(marks + chips) == sorted(group[0] for group in forms)
+                for attrs, words in shown.all("mark"):
+                    wanted = next(forms for forms in group["key_steps"] if forms[0] == attrs["title"])
+                    assert sg.canonical(words) in map(sg.canonical, wanted)
+        assert page.all("article")
+
+
+def test_every_reference_path_of_shapes_has_all_its_key_steps_marked():
+    rng = random.Random(3)
+    for _ in range(60):
+        scene = (shapes.ObjectScene if rng.random() < .5 else shapes.BarScene)(rng)
+        text, keys = shapes.reference_path(scene), sg.parse_key_steps(scene.key_steps())
+        page = Page(rep.render_sections({"text": text, "right": 1.0}, {"key_steps": keys, "answer": ""},
+                                        sg.matched_key_steps(text, keys)))
+        assert len(page.all("mark")) == len(keys) and len(page.all("span", "yes")) == 1
+
+
+# -- why a path is not valid
+
+D, R, L = "### Image Description: d\n", "### Rationales: r\n", "### Let's think step by step.\n"
+S1, S2, A = "### Step 1: a\n", "### Step 2: b\n", "### The final answer is: 4"
+
+
+@pytest.mark.parametrize("text, reasons", [
+    (D + R + L + S1 + S2 + A, []),
+    ("just words", ["no section of the template"]),
+    (R + L + S1 + A, ["no description"]),
+    (D + L + S1 + A, ["no rationale"]),
+    (D + R + L + A, ["no step"]),
+    (D + R + S1, ["no answer"]),
+    (D + R + S1 + "### The final answer is: **", ["answer is empty"]),
+    (D + "### Rationales:\n" + S1 + A, ["rationale is empty"]),
+    (D + R + S1 + "### Step 2:\n" + A, ["step is empty"]),
+    (D + R + S2 + S1 + A, ["steps are numbered 2, 1"]),
+    (D + R + S2 + A, ["steps are numbered 2"]),
+    (D + S1 + R + A, ["rationale comes after step 1"]),
+    (D + R + S1 + A + "\n" + S2, ["step 2 comes after answer"]),
+    (D + R + S1 + A + "\n" + A, ["more than one answer"]),
+    (D + R + D + S1 + A, ["more than one description"]),
+])
+def test_a_path_that_is_not_valid_is_told_why(text, reasons):
+    assert rep.why_invalid(text) == reasons
+
+
+def test_there_is_a_reason_exactly_when_step_validity_is_0():
+    rng, pieces = random.Random(4), [D, R, L, S1, S2, A + "\n", "### Step 1:\n", "### The final answer is:\n", "## x\n"]
+    valid = 0
+    for _ in range(4000):
+        text = "".join(rng.choices(pieces, k=rng.randint(0, 6)))
+        if rng.random() < .3:
+            text = "".join(rng.sample([D, R], 2)) + "".join(rng.sample([L, S1, S2, A + "\n"], rng.randint(2, 4)))
+        assert bool(rep.why_invalid(text)) == (sg.step_validity_reward(text) == 0), text
+        valid += sg.step_validity_reward(text) == 1
+    assert valid > 20
+
+
+def test_the_raw_text_of_an_invalid_path_can_be_unfolded(tmp_path):
+    text = "before <the> headers\n" + D + R + S1 + A + "\n" + A
+    page = page_of(a_run(tmp_path / "run", groups=[a_group([report_path(), text])]))
+    assert [raw for _, raw in page.all("pre")] == [text]
+    assert "said again below" in page.all("article")[1][1]
+
+
+# ─── 17. data/ablation.py ─────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_the_interval_is_students_and_the_table_pairs_the_seeds():
+    mean, half = ablation.interval([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert mean == pytest.approx(0.7) and half == pytest.approx(2.776 * 0.158114 / 5 ** .5, rel=1e-2)
+    rows = [{"arm": arm, "seed": seed, "sampled right": right, "greedy right": 1, "sampled step_validity": 1,
+             "sampled k": 1, "flat groups": .5, "reward_std": .25}
+            for arm, rights in (("outcome reward (GRPO)", (.5, .7)), ("StepRAR", (.6, .8)), ("both, M = 8", (.9, )))
+            for seed, right in enumerate(rights)]
+    lines = ablation.table(rows).split("\n")
+    assert "| outcome reward (GRPO) | 2 | 60.0 ± 127.1 |" in lines[2] and lines[2].endswith("| – |")
+    assert lines[3].startswith("| StepRAR | 2 | 70.0") and lines[3].endswith("| 50.0 ± 0.0 | 0.25 | +10.0 ± 0.0 |")
+    assert lines[4].startswith("| both, M = 8 | 1 | 90.0 ± nan") and "+40.0" in lines[4] and len(lines) == 5
+
+
+def test_an_evaluation_of_before_the_last_update_does_not_count_as_done(tmp_path):
+    after = {"phase": "evaluation", "name": "after, sampled at T = 1", "right": 1}
+    lines = [after, {"phase": "StepGRPO", "step": 1}]
+    for end, done in (([], False), ([after], True)):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + end))
+        assert ablation.is_done(tmp_path, 1) == done and not ablation.is_done(tmp_path, 2)
+    assert not ablation.is_done(tmp_path / "none", 0)
+
+
+def test_the_arms_sample_as_many_paths_and_start_from_the_same_warm_up(tmp_path, monkeypatch):
+    commands = []
+
+    def fake(command, stdout, env, stderr):
+        commands.append(command)
+        folder = Path(command[command.index("--out") + 1])
+        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        stdout.write("warm-up 50.00update/s")
+        steps, old = int(command[command.index("--steps") + 1]), folder / "metrics.jsonl"
+        lines = [{"phase": "StepGRPO", "questions": 8, "flat_groups": 2, "reward_std": .5, "seconds": 2}] * steps
+        scores = {"right": .5, "step_validity": 1, "k": 1}
+        lines += [{"phase": "evaluation", "name": f"after, {how}", **scores} for how in ("greedy", "sampled at T = 1")]
+        with open(old, "a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(ablation.subprocess, "run", fake)
+    monkeypatch.setattr(ablation, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--quick", "--seeds", "1", "--jobs", "1"])
+    for _ in range(2):                                         # the second time everything is there
+        ablation.main()
+    assert len(commands) == len(ablation.ARMS) == 8
+    said = [" ".join(command[2:]) for command in commands]
+    assert "--model tiny" in said[0] and all("--resume" in text and "--steps 40" in text for text in said[1:7])
+    assert all(str(ablation.folder_of(tmp_path / "runs" / "ablation-quick", 0, arm)) in " ".join(said)
+               for arm in ablation.ARMS)
+    for settings in filter(None, ablation.ARMS.values()):
+        assert settings.get("questions", 8) * settings.get("group_size", 8) == ablation.PATHS
+        assert settings.keys() <= {f.name for f in fields(sg.Config)}
+    assert "--warmup-steps 4000" in said[7]                    # 40 updates of 2 s, at 50 updates/s
+    assert len(records(tmp_path / "runs" / "ablation-quick" / "ablation.jsonl")) == 8
+
+
+# ─── 18. Rewards in other frameworks ──────────────────────────────────────────────────────────────────────────────────
+
+def test_trl_rewards_take_plain_and_conversational_completions_and_the_columns_of_r1_vl_10k():
+    right, wrong = a_path(answer="4"), a_path(steps=["x = 3"], answer="5")
+    columns = {"solution": [right, "4"], "key_steps": [{"Steps": [["x = 3"], ["y = 4"]]}] * 2, "image_path": ["a", "b"]}
+    chat = [[{"role": "assistant", "content": right}],
+            [{"role": "assistant", "content": [{"type": "text", "text": part} for part in (wrong[:9], wrong[9:])]}]]
+    for completions in ([right, wrong], chat):
+        assert sg.step_accuracy(prompts=["?", "?"], completions=completions, **columns) == pytest.approx([1.1, 0.05])
+        assert sg.step_validity(prompts=["?", "?"], completions=completions, **columns) == [1, 1]
+    with pytest.raises(ValueError):                            # a column that is too short is no wrong answer
+        sg.step_accuracy(["?", "?"], [right, wrong], ["4"], columns["key_steps"])
+
+
+def test_verls_compute_score():
+    extra = {"key_steps": [["x = 3"], ["y = 4"]]}
+    scores = sg.compute_score("my data", a_path(answer="4"), "4", extra)
+    assert scores == pytest.approx({"score": 2.1, "step_accuracy": 1.1, "step_validity": 1})
+    assert sg.compute_score("my data", "no answer", a_path(answer="4"), extra_info=extra)["score"] == 0
+
+
+def test_a_real_trl_trainer_trains_with_the_step_rewards(tmp_path):
+    pytest.importorskip("trl", reason="trl is not installed (pip install trl): its GRPOTrainer was not tried")
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+    published = write_published_checkpoint(tmp_path / "published", "qwen2_vl")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(published / "tokenizer.json"), eos_token="<|im_end|>",
+                                        pad_token="<|endoftext|>")
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    keys = {"Steps": [["x = 3"], ["y = 4"]]}
+    data = Dataset.from_list([{"prompt": "How many?", "solution": a_path(answer="4"), "key_steps": keys}] * 8)
+    seen = []
+
+    def spy(prompts, completions, **columns):
+        seen.append((sg.step_accuracy(prompts, completions, **columns), columns["key_steps"][0]))
+        return seen[-1][0]
+    config = GRPOConfig(output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, num_generations=4,
+                        max_completion_length=8, report_to=[], logging_steps=1, use_cpu=True, save_strategy="no")
+    trainer = GRPOTrainer(model=model, reward_funcs=[spy, sg.step_accuracy, sg.step_validity], args=config,
+                          train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    assert len(seen) >= 2 and all(len(rewards) == 4 and set(rewards) == {0.0} for rewards, _ in seen)
+    assert seen[0][1] == keys                                  # the column came through Arrow as it was
+    logged = [entry for entry in trainer.state.log_history if "rewards/step_validity/mean" in entry]
+    assert len(logged) == 2 and all("rewards/step_accuracy/mean" in entry for entry in logged)
