@@ -894,9 +894,12 @@ def load_model(name, device, dtype, max_pixels):
     if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise UserError(f"no model {name!r}: pass a folder, a Hub id (owner/name) or one of {', '.join(SHORT_NAMES)}")
     try:
-        kind = AutoConfig.from_pretrained(source).model_type
+        config = AutoConfig.from_pretrained(source)
+        kind = config.model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl"):
             raise UserError(f"{name} is a {kind} model; this script trains qwen2_vl and qwen2_5_vl")
+        if "sliding_attention" in config.get_text_config().layer_types:
+            raise UserError(f"{name} has sliding-window attention (use_sliding_window); this script knows none")
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(source)
         # max_pixels takes effect only here: set later, some versions ignore it.
@@ -978,23 +981,23 @@ class Packed(NamedTuple):
 
 def pack(prompts, paths):
     """Q prompts and Q lists of G paths (C,), or of none → Packed, on the CPU."""
-    fed = [path[:-1] for group in paths for path in group]
-    after = [p.positions[:, -1:] + torch.arange(1, len(path)) for p, group in zip(prompts, paths) for path in group]
-    ids = torch.cat([p.ids for p in prompts] + fed)
-    is_image = torch.cat([p.is_image for p in prompts] + [torch.zeros_like(path, dtype=torch.bool) for path in fed])
-    lengths = torch.tensor([len(row) for row in [p.ids for p in prompts] + fed])
+    rows = [p.ids for p in prompts] + [path[:-1] for group in paths for path in group]
+    positions = [p.positions for p in prompts]
+    for prompt, group in zip(prompts, paths):
+        positions += [prompt.positions[:, -1:] + torch.arange(1, len(path)) for path in group]
+    is_image = torch.cat([p.is_image for p in prompts])
+    Q, ids, lengths = len(prompts), torch.cat(rows), torch.tensor([len(row) for row in rows])
     starts = (lengths.cumsum(0) - lengths)[:, None]
 
-    def places(rows):
-        columns = torch.arange(int(lengths[rows].max()) if len(lengths[rows]) else 0)
-        mask = columns < lengths[rows, None]
-        return torch.where(mask, starts[rows] + columns, 0), mask
-    Q = len(prompts)
+    def places(part):
+        columns = torch.arange(max(lengths[part].tolist(), default=0))
+        mask = columns < lengths[part, None]
+        return torch.where(mask, starts[part] + columns, 0), mask
     prompt_at, prompt_mask = places(slice(Q))                                                       # (Q, P)
     path_at, path_mask = places(slice(Q, None))                                                     # (Q·G, C − 1)
-    return Packed(ids, torch.cat([p.positions for p in prompts] + after, 1), is_image, prompt_at, prompt_mask,
-                  path_at.unflatten(0, (Q, len(paths[0]))), torch.cat([prompt_mask.flatten(), path_mask.flatten()])
-                  .nonzero()[:, 0])
+    unpad = torch.cat([prompt_mask.flatten(), path_mask.flatten()]).nonzero()[:, 0]
+    return Packed(ids, torch.cat(positions, 1), F.pad(is_image, (0, len(ids) - len(is_image))), prompt_at, prompt_mask,
+                  path_at.unflatten(0, (Q, len(paths[0]))), unpad)
 
 
 def rms_norm(module, x):

@@ -2044,6 +2044,16 @@ def test_a_model_that_is_not_there_gives_one_clear_line(model, message, shapes_s
     assert message in refused and len(refused.splitlines()) == 1, refused
 
 
+def test_a_sliding_window_is_refused_and_not_ignored(checkpoints, tmp_path):
+    """The forward of section 7 attends to everything."""
+    shutil.copytree(checkpoints["qwen2_vl"], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"use_sliding_window": True,
+                                                                        "max_window_layers": 1}))
+    with pytest.raises(sg.UserError, match="sliding"):
+        sg.load_model(tmp_path / "model", torch.device("cpu"), torch.float32, 400_000)
+
+
 def test_offline_with_a_hub_id_gives_one_clear_line(shapes_set, tmp_path):
     """In a process of its own, with an empty cache, as a user behind a firewall has it."""
     flags = run_flags(tmp_path / "run", shapes_set, model="Qwen2.5-VL-3B", warmup_steps=0)
