@@ -2584,7 +2584,8 @@ COMMANDS = [(file.relative_to(HERE).as_posix(), command)
             for file in (HERE / "README.md", HERE / "data" / "README.md") if file.exists()
             for block in re.findall(r"^```bash\n(.*?)^```", file.read_text(encoding="utf-8"), re.M | re.S)
             for line in block.replace("\\\n", " ").splitlines()
-            for command in re.split(r"&&|;|\|", line.split(" #")[0]) if command.strip().startswith(("python ", "torchrun "))]
+            for command in re.split(r"&&|;|\|", line.split(" #")[0])
+            if command.strip().startswith(("python ", "torchrun "))]
 
 
 @pytest.mark.skipif(not (HERE / "README.md").exists(), reason="README.md is not written yet")
@@ -2633,7 +2634,8 @@ def test_the_walk_through_of_the_readme_is_what_explain_prints():
     for a, b in zip(shown, blocks):
         number = r"[-+]?\d+\.\d+"
         assert re.sub(number, "#", a) == re.sub(number, "#", b)
-        assert list(map(float, re.findall(number, a))) == pytest.approx(list(map(float, re.findall(number, b))), abs=0.11)
+        a, b = (list(map(float, re.findall(number, text))) for text in (a, b))
+        assert a == pytest.approx(b, abs=0.11)
 
 
 def test_the_example_of_the_data_readme_is_a_good_row(folder):

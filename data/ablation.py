@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The paper's control experiments (its tables 2 and 4) in miniature, on the embedded data.
 
-    python data/ablation.py                     # five seeds, about two hours on two cores; go on after Ctrl-C: the same
-    python data/ablation.py --quick             # two seeds of a hasty recipe, about ten minutes
+    python data/ablation.py                     # five seeds, 75 minutes on two cores; after Ctrl-C: the same again
+    python data/ablation.py --quick             # two seeds of a hasty recipe, some ten minutes (estimated)
     python data/ablation.py --table             # only the table, of what is there
+    python data/ablation.py --seeing            # and what each policy sees: its descriptions against the reference's
 
 Each seed is warmed up once; every arm starts from that checkpoint and samples the same number of paths. Runs stand in
 runs/ablation (or runs/ablation-quick), each an ordinary run folder with its log and its report.html. One line per run
@@ -21,9 +22,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import stepgrpo as sg
 from stepgrpo import HERE, TINY
 
 PATHS = TINY["questions"] * TINY["group_size"]  # sampled per update, in every arm
@@ -133,6 +137,28 @@ def collect(root, seeds, steps):
     return rows
 
 
+def seeing(root, seeds, questions=300):
+    """Prints, before and after StepGRPO, how often the greedy description is the reference's word for word, and how
+    often the answer is right where it is: learning to see, and learning to reason from what is seen."""
+    cfg, rows = sg.Config(**TINY), sg.read_rows("shapes/test")[0][:questions]
+    print("\n| seed | description right, warm-up | StepGRPO | answer right where it is, warm-up | StepGRPO |")
+    print("|---|---|---|---|---|")
+    for seed in seeds:
+        cells = {}
+        for arm in ("warm-up only", FULL):
+            policy, processor = sg.load_model(folder_of(root, seed, arm), torch.device("cpu"), torch.float32,
+                                              cfg.max_pixels)
+            seen = []                                          # of each question seen right: whether answered right
+            for batch in sg.chunks(rows, 100):
+                prompts = [sg.make_prompt(processor, row, cfg) for row in batch]
+                texts = sg.rollout(policy, processor, prompts, 1, cfg.max_new_tokens, temperature=0).texts
+                seen += [sg.same_answer(sg.final_answer(text), row.answer) for row, (text,) in zip(batch, texts)
+                         if sg.split_path(text).description == sg.split_path(row.path).description]
+            cells[arm] = len(seen) / len(rows), sum(seen) / max(1, len(seen))
+        shown = [f"{100 * cells[arm][i]:.0f} %" for i in (0, 1) for arm in cells]
+        print(f"| {seed} | {' | '.join(shown)} |", flush=True)
+
+
 def interval(values):
     """Mean and half width of its 95 % interval (Student's t over seeds)."""
     n = len(values)
@@ -170,6 +196,7 @@ def main():
     parser.add_argument("--seeds", type=int, help="number of seeds (5; 2 with --quick)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     parser.add_argument("--table", action="store_true", help="train nothing: the table of the runs that are there")
+    parser.add_argument("--seeing", action="store_true", help="also compare the policies' descriptions; trains nothing")
     args = parser.parse_args()
     root = HERE / "runs" / ("ablation-quick" if args.quick else "ablation")
     recipe = QUICK if args.quick else {}
@@ -180,7 +207,7 @@ def main():
               [(more_warm_up, root, seed, recipe) for seed in seeds]]
     try:
         with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=sum(map(len, stages)), unit="run") as bar:
-            for stage in [] if args.table else stages:
+            for stage in [] if args.table or args.seeing else stages:
                 for _ in pool.map(lambda task: task[0](*task[1:]), stage):
                     bar.update()
     except KeyboardInterrupt:
@@ -189,6 +216,9 @@ def main():
     out = root / "ablation.jsonl" if args.quick else HERE / "data" / "ablation.jsonl"
     out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} runs → {out}\n\n{table(rows)}")
+    if args.seeing:
+        transformers.utils.logging.disable_progress_bar()
+        seeing(root, seeds)
 
 
 if __name__ == "__main__":

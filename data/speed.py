@@ -403,7 +403,7 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", choices=("auto", "tiny", "2B"), default="auto", help="auto = 2B on cuda, else tiny")
     parser.add_argument("--device", default="auto", help="auto = cuda when there is one, else cpu")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each row")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each row")
     parser.add_argument("--train", type=int, default=3, help="updates of the whole step")
     args = parser.parse_args()
     try:
