@@ -36,8 +36,9 @@ Where this differs from the paper (P) or from its official code (C), and why:
               sampling (KV cache) and in the update (one packed forward).
 
 Letters in shape comments: Q questions, G paths per question, B = Q·G rows, P prompt tokens, C completion tokens,
-L tokens of a packed row, H hidden size, V vocabulary, K key-step groups. A path is a reasoning path, the text that the
-model writes; where a file is meant, it is called file or folder.
+N tokens of a packed row, H hidden size, h key-value heads of r query heads each, D size of a head, V vocabulary, K
+key-step groups. A path is a reasoning path, the text that the model writes; where a file is meant, it is called file or
+folder.
 """
 import argparse
 import collections
@@ -1287,7 +1288,7 @@ def path_logps(model, processor, prompts, paths, temperature=1.0):
 
 def token_logps(head, hidden, targets, temperature, banned, chunk=512):
     """hidden (N, H), targets (N,) → (N,). A vocabulary of 150,000 makes logits the largest tensor of all: they are made
-    for path tokens only, `chunk` at a time, and made again in backward instead of kept."""
+    for path tokens only, `chunk` at a time, and made again in backward instead of kept. Needs tempered_logps."""
     def project(hidden, targets):
         return tempered_logps(head(hidden), temperature, banned).gather(1, targets[:, None])[:, 0]
     return torch.cat([checkpoint(project, h, t, use_reentrant=False, preserve_rng_state=False)

@@ -2151,10 +2151,19 @@ def test_pasted_units_work():
     assert 3000 / 200 < unit["fitted_size"](10, 3000, 400_000)[0] <= 3000 / 100
 
 
-@pytest.mark.parametrize("unit", UNITS[:13])
+@pytest.mark.parametrize("unit", UNITS)
 def test_the_docstring_of_a_unit_says_what_must_be_pasted_with_it(unit):
     missing = [name for name in own_names(TOP_LEVEL[unit]) - {unit} if name not in getattr(sg, unit).__doc__]
     assert not missing
+
+
+def test_the_pasted_rollout_and_log_probs_work_without_the_rest(loaded):
+    model, processor = loaded["qwen2_vl"]
+    prompts, (rollout, needed), (path_logps, _) = prompts_of(processor), pasted("rollout"), pasted("path_logps")
+    ours, theirs = (call(model, processor, prompts, 2, 6, 1.2, range(3)) for call in (rollout, sg.rollout))
+    assert same(ours.ids, theirs.ids) and same(ours.logps, theirs.logps)
+    assert torch.equal(*(call(model, processor, prompts, ours.ids)[0] for call in (path_logps, sg.path_logps)))
+    assert not needed & {"Config", "Processor", "HERE", "TINY", "Run", "dist"}
 
 
 def test_every_python_file_carries_its_licence():
