@@ -4,7 +4,7 @@
     python stepgrpo.py                                          # ten minutes on a laptop, nothing to download
     python stepgrpo.py --model Qwen2-VL-2B --data my.jsonl      # a real checkpoint on one CUDA GPU
     python stepgrpo.py --resume --out runs/tiny                 # go on where Ctrl-C stopped
-    torchrun --nproc-per-node 8 stepgrpo.py --model Qwen2-VL-7B --data my.jsonl         # several GPUs
+    torchrun --nproc-per-node 8 stepgrpo.py --model Qwen2-VL-7B --data my.jsonl --questions 16      # several GPUs
     python stepgrpo.py --explain                                # one question through every step, printed
     python stepgrpo.py --bench                                  # how fast, and what takes the time and memory
 
@@ -56,6 +56,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import weakref
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from itertools import takewhile
@@ -729,7 +730,7 @@ def step_accuracy_reward(text, answer, key_steps, alpha=0.1):
     The official code forgets the third case and pays alpha * k to a path that never answers.
     ValueError when the ground truth is empty. Needs final_answer, strip_decoration, same_answer, match_key_steps.
     """
-    if not strip_decoration(answer):
+    if not strip_decoration(answer or ""):
         raise ValueError(f"the ground-truth answer is empty: {answer!r}")
     prediction = final_answer(text)
     if prediction is None:
@@ -1156,6 +1157,7 @@ class Decoder:
         if self.temperature:                                   # inverse CDF: one random number per path, not V
             cdf = logps.exp().cumsum(-1)                                                            # (B, V)
             token = torch.searchsorted(cdf, self.uniform.index_select(0, c).T * cdf[:, -1:])[:, 0]              # (B,)
+            token = token.clamp(max=cdf.shape[1] - 1)          # of a nan the search finds no place; see rollout
             token = torch.where(self.banned[token], self.eos[0], token)        # rounding in a parallel sum may hit one
         else:
             token = logps.argmax(-1)
@@ -1183,7 +1185,7 @@ class Decoder:
                 self.step(min(length, len(self.ids)))
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self.step(min(length, len(self.ids)))
             self.graphs[min(length, len(self.ids))] = graph.replay
 
@@ -1225,7 +1227,7 @@ def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1
     the batch when all its paths have ended. seeds: Q numbers, one per question, so that its paths are the same in
     whatever batch it is asked; None: others each time. The checkpoint's generation_config (the published one has top_k
     1) plays no part. constant_shape: no question leaves, so that CUDA can replay a captured step; None: on CUDA only.
-    NonFinite when the model has run away. Needs Decoder, captured_decoder and section 7.
+    NonFinite when the model has run away. Needs Decoder, captured_decoder, cut_at_eos, NonFinite, chunks and section 7.
     """
     Q, P, was_training = len(prompts), max(len(p.ids) for p in prompts), model.training
     if constant_shape is None:
@@ -1237,8 +1239,6 @@ def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1
         make = captured_decoder if constant_shape else Decoder
         decoder = make(model, processor, Q, group_size, P, max_new_tokens, temperature)
         decoder.prefill(prompts, uniform)
-        if decoder.hidden.isnan().any():
-            raise NonFinite("the policy's hidden states are nan", harmed=True)
         for c in range(max_new_tokens):
             decoder.advance(c)
             if bar is not None:
@@ -1249,6 +1249,8 @@ def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1
                     break
                 if not constant_shape and not going.all():
                     decoder.keep(going.nonzero()[:, 0])
+        if decoder.logps.isnan().any():
+            raise NonFinite("the policy's log-probs are nan", harmed=True)
     model.train(was_training)
     return cut_at_eos(processor, decoder.ids.T.to("cpu", copy=True), decoder.logps.T.to("cpu", copy=True), group_size)
 
@@ -1332,7 +1334,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip=0.2, beta=0.04
     return -mean(gain - beta * kl), {name: value.item() for name, value in stats.items()}
 
 
-# ─── 10. Ranks, optimiser, run folder ────────────────────────────────────────────────────────────────────────────
+# ─── 10. Ranks, optimiser, run folder ─────────────────────────────────────────────────────────────────────────────────
 
 # One process per GPU under torchrun, which sets these variables; without it there is one. A rank takes its share of the
 # questions, and a group stays whole. What ranks must agree on goes through `over_ranks`, so all must call it alike.
@@ -1428,7 +1430,8 @@ class MasterAdamW:
         else:
             self.optimizer = self.local = Masters(self.params, offload=offload)
             for p in self.params if self.local.separate else []:
-                p.register_post_accumulate_grad_hook(lambda p: self.take_gradient(p, p.grad))
+                me = weakref.ref(self)                         # a parameter that held us would never be freed
+                p.register_post_accumulate_grad_hook(lambda p: me().take_gradient(p, p.grad))
 
     @property
     def masters(self):
@@ -1530,7 +1533,7 @@ class Run:
         if final.exists():
             self.state = torch.load(final / "training_state.pt", map_location="cpu", weights_only=True)
             print(f"resuming {self.out} after {self.state['phase']} update {self.state['step']}")
-            if self.state["ranks"] != ranks():
+            if self.state.setdefault("ranks", 1) != ranks():
                 raise UserError(f"{final} is of a run on {self.state['ranks']} processes, and here are {ranks()}: its "
                                 f"optimiser is spread over them. Use torchrun --nproc-per-node {self.state['ranks']}")
         else:
@@ -1563,7 +1566,9 @@ class Run:
 
     def load_optimizer(self, optimizer):
         file = self.out / "checkpoint" / f"optimizer_{rank()}.pt"
-        optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        if not file.exists():
+            raise UserError(f"{file} is missing: this checkpoint cannot be resumed, but serves as a --model")
+        optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
     def end_update(self, policy, processor, optimizer, step, drawn=0):
         """After each update: note where we are, save every so often, and stop here if that was asked for."""
@@ -1699,7 +1704,8 @@ def sample_groups(cfg, policy, processor, rows, drawn):
             if batch:                                          # a rank may have none left to replace
                 sampled = rollout(policy, processor, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature,
                                   [question_seed(cfg, n) for n in wanted[mine]], bar,
-                                  None if cfg.cuda_graph else False)
+                                  # a graph for the usual shape only, not for the few that replace flat groups
+                                  None if cfg.cuda_graph and len(wanted) == cfg.questions else False)
         new = [Group(row, prompt, ids, texts, logps, [score_path(text, row, cfg) for text in texts])
                for row, prompt, ids, texts, logps in zip(batch, prompts, *sampled)]
         kept = [group for group in new if not (cfg.skip_flat_groups and group.is_flat())]
@@ -1886,6 +1892,8 @@ def pick_device(cfg):
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} is not there: {str(e).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                          # streams and graphs are made on the current one
     if cfg.dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32
     return device, getattr(torch, cfg.dtype)

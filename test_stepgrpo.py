@@ -13,6 +13,7 @@ import contextlib
 import csv
 import doctest
 import functools
+import gc
 import hashlib
 import html.parser
 import importlib.util
@@ -32,6 +33,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import weakref
 import zlib
 from collections import Counter, deque
 from copy import deepcopy
@@ -1356,6 +1358,24 @@ def test_bf16_weights_need_fp32_masters_to_move_at_1e_6(loaded):
         return changed / live
     assert moved(optimizer.masters, masters) > 0.99 and moved(naive.parameters(), before) < 0.2
     assert all(torch.equal(p, m.bfloat16()) for p, m in zip(model.parameters(), optimizer.masters))
+
+
+def test_an_optimiser_that_is_dropped_frees_its_masters(loaded):
+    """Its hooks stay with the parameters: they must not hold 26 GB."""
+    model = deepcopy(loaded["qwen2_vl"][0]).bfloat16()
+    optimizer = sg.MasterAdamW(model)
+    alive = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert alive() is None
+
+
+def test_nan_in_the_last_norm_is_an_error_and_no_crash(small_model):
+    model, processor = small_model
+    with torch.no_grad():
+        model.model.language_model.norm.weight.fill_(torch.nan)
+    with pytest.raises(sg.NonFinite, match="nan"):
+        sg.rollout(model, processor, prompts_of(processor), 2, 4)
 
 
 def test_bf16_updates_add_up_in_the_masters(loaded):
@@ -5585,6 +5605,8 @@ def test_trl_rewards_take_plain_and_conversational_completions_and_the_columns_o
     for completions in ([right, wrong], chat):
         assert sg.step_accuracy(prompts=["?", "?"], completions=completions, **columns) == pytest.approx([1.1, 0.05])
         assert sg.step_validity(prompts=["?", "?"], completions=completions, **columns) == [1, 1]
+    with pytest.raises(ValueError, match="empty"):             # sections, but no answer in the reference
+        sg.step_accuracy(["?"], [right], ["### Step 1:\nx = 3"], columns["key_steps"][:1])
     with pytest.raises(ValueError):                            # a column that is too short is no wrong answer
         sg.step_accuracy(["?", "?"], [right, wrong], ["4"], columns["key_steps"])
 

@@ -214,8 +214,11 @@ def main():
         sys.exit("stopped. Go on with the same command")
     rows = collect(root, seeds, steps)
     out = root / "ablation.jsonl" if args.quick else HERE / "data" / "ablation.jsonl"
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{len(rows)} runs → {out}\n\n{table(rows)}")
+    if not (args.table or args.seeing):
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif not rows and out.exists():                            # the runs are not here: what they came to is
+        rows = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
+    print(f"{len(rows)} runs, {out}\n\n{table(rows)}")
     if args.seeing:
         transformers.utils.logging.disable_progress_bar()
         seeing(root, seeds)

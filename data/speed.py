@@ -12,14 +12,15 @@ Times are medians of --repeats calls, taken in turn after a warm-up of each. Wha
     update      with the forward of transformers over image and prompt repeated G times, logits of every token, as the
                 official trainer does; the gradients are compared too
     whole step  rollout, rewards, reference, update: where the time goes
-    memory      on CUDA as measured; elsewhere the tiny model's as its tensors come and go, and that of the 2B shape by
-                running its update on the meta device, where tensors have sizes but no contents
+    memory      on CUDA the measured peak; elsewhere that of the 2B shape, counted by running its update on the meta
+                device, where tensors have sizes but no contents
 """
 import argparse
 import collections
 import contextlib
 import copy
 import functools
+import gc
 import os
 import platform
 import random
@@ -45,8 +46,10 @@ import stepgrpo as sg
 QWEN2_VL_2B = {
     "text_config": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                         num_key_value_heads=2, vocab_size=151936, layer_types=["full_attention"] * 28,
-                        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}),
-    "vision_config": dict(depth=32, embed_dim=1280, num_heads=16, hidden_size=1536, mlp_ratio=4)}
+                        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+                        initializer_range=0.02),
+    "vision_config": dict(depth=32, embed_dim=1280, num_heads=16, hidden_size=1536, mlp_ratio=4,
+                          initializer_range=0.02)}
 DEFAULT, LARGE = (26, 1), (30, 17)              # images in cells of 28 pixels: 26 and 510 image tokens
 QUESTION = "Subtract all red things. How many objects are left?"
 PATH = """### Image Description:
@@ -76,6 +79,7 @@ def build(size, device, dtype):
         for part, sizes in QWEN2_VL_2B.items():
             for name, value in sizes.items():
                 setattr(getattr(config, part), name, value)
+        config.initializer_range = 0.02                        # the tiny model's 0.1 would saturate every softmax
         with torch.device(device):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
         processor = sg.Processor(processor.tokenizer, processor.image_processor, 151936)
@@ -193,7 +197,7 @@ def bench_rollout(model, processor, cases, repeats):
         print(f"   {name:44}{Q:4}{G:4}{P:5}{C:5}{rates['ours']:10,.0f}{rates['generate']:10,.0f}"
               f"{t['generate'] / t['ours']:6.1f}×")
         if model.device.type == "cuda":
-            first = side_by_side({"first": lambda: sg.rollout(model, processor, prompts, G, 1, constant_shape=False)},
+            first = side_by_side({"first": lambda: sg.rollout(model, processor, prompts, G, 1)},
                                  repeats, model.device)["first"]
             step = (t["ours"] - first) / (C - 1)
             rate, limit = bytes_per_token(model, Q, G, P, C) / step, copy_bandwidth(model.device)
@@ -248,6 +252,7 @@ def bench_update(model, processor, C, repeats):
         t = side_by_side(calls, repeats, model.device)
         peaks, gradients = {}, {}
         for name, call in calls.items():
+            model.zero_grad()
             peaks[name] = peak_bytes(call, model)
             gradients[name] = [p.grad.float().clone() for p in model.parameters() if p.grad is not None]
         norms = [torch.nn.utils.get_total_norm([a - b for a, b in zip(*gradients.values())]),
@@ -439,6 +444,7 @@ def main():
     if device.type == "cuda":
         del optimizer, reference, model
         sg._captured.clear()
+        gc.collect()
         torch.cuda.empty_cache()
         model, processor = build(size, device, dtype)
         cfg.offload_optimizer = True
