@@ -969,15 +969,16 @@ def tempered_logps(logits, temperature, banned):
 class Packed(NamedTuple):
     """Q prompts and the G paths that go on from each, as one row of N tokens without padding: prompts, then paths.
 
-    A path's last token is predicted, never fed, so a path of C tokens has C − 1 here. Attention needs padded tensors:
-    the `_at` tensors say where in the row each of their places is found (padding: at 0, and False in the mask).
+    A path's last token is predicted, never fed: where this section says C, it means the C − 1 tokens that are.
+    Attention needs padded tensors: the `_at` tensors say where in the row each of their places is found (padding: at 0,
+    and False in the mask).
     """
     ids: torch.Tensor                # (N,)
     positions: torch.Tensor          # (3, N) M-RoPE
     is_image: torch.Tensor           # (N,) bool
     prompt_at: torch.Tensor          # (Q, P)
     prompt_mask: torch.Tensor        # (Q, P) bool
-    path_at: torch.Tensor            # (Q, G, C − 1)
+    path_at: torch.Tensor            # (Q, G, C)
     unpad: torch.Tensor              # (N,) where each token stands in the flat padded tensors, prompts then paths
 
 
@@ -996,7 +997,7 @@ def pack(prompts, paths):
         mask = columns < lengths[part, None]
         return torch.where(mask, starts[part] + columns, 0), mask
     prompt_at, prompt_mask = places(slice(Q))                                                       # (Q, P)
-    path_at, path_mask = places(slice(Q, None))                                                     # (Q·G, C − 1)
+    path_at, path_mask = places(slice(Q, None))                                                         # (Q·G, C)
     unpad = torch.cat([prompt_mask.flatten(), path_mask.flatten()]).nonzero()[:, 0]
     return Packed(ids, torch.cat(positions, 1), F.pad(is_image, (0, len(ids) - len(is_image))), prompt_at, prompt_mask,
                   path_at.unflatten(0, (Q, len(paths[0]))), unpad)
