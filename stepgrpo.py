@@ -114,8 +114,8 @@ WARMUP_RATIO = 0.03  # share of the warm-up in which its learning rate rises (of
 # What `python stepgrpo.py` runs. A million fresh weights bear larger steps than two billion
 # trained ones, and a task this small needs fewer of them. The method is the same.
 TINY = dict(
-    warmup_steps=3000, warmup_batch=8, warmup_lr=2e-3,
-    steps=100, questions=8, group_size=8, lr=3e-4, beta=0.01, temperature=1.0, max_new_tokens=192,
+    warmup_steps=1500, warmup_batch=8, warmup_lr=2e-3,
+    steps=100, questions=8, group_size=8, lr=4e-4, beta=0.01, temperature=1.0, max_new_tokens=192,
     instruction=False,  # the warm-up teaches the template
     held_out=300, micro_batch=8)
 
@@ -1205,12 +1205,12 @@ def build_tiny(texts, seed):
     # With the usual 0.02 a model this small does not learn to see in minutes. A small theta lets it
     # tell neighbouring cells apart.
     wide = {"initializer_range": 0.1}
-    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 2, 13]}
+    rope = {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [1, 2, 13]}
     text = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=2, vocab_size=len(tokenizer), tie_word_embeddings=True,
                 rope_parameters=rope, bos_token_id=None, eos_token_id=ids["im_end"],
                 pad_token_id=ids["endoftext"], **wide)
-    vision = dict(depth=2, embed_dim=64, num_heads=4, hidden_size=128, mlp_ratio=2, **wide)
+    vision = dict(depth=1, embed_dim=64, num_heads=4, hidden_size=128, mlp_ratio=2, **wide)
     config = transformers.Qwen2VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, **wide,
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
@@ -1294,7 +1294,7 @@ class Run:
         self.data, sizes = data, dict.fromkeys(self.LOGS, 0)
         if self.saved:
             if self.saved["data"] != data:
-                raise UserError(f"the data are not those of {self.out}: a held-out question may have "
+                raise UserError(f"the data are not those of {self.out}: held-out questions may have "
                                 "been trained on. Put the old data back, or choose another --out")
             optimizer.adamw.load_state_dict(self.saved["adamw"])
             optimizer.write_back(self.saved["masters"])
@@ -1344,18 +1344,19 @@ HOW = {"greedy": 0.0, "sampled at T = 1": 1.0}  # held-out questions are asked b
 
 def evaluate(cfg, run, policy, processor, rows, when):
     """Mean scores of one completion per held-out question, kept in run.evaluations."""
+    scores = {f"{when}, {how}": [] for how in HOW}
+    if not rows or scores.keys() <= run.evaluations.keys():
+        return
     parts = chunks(range(len(rows)), cfg.questions * cfg.group_size)
-    for how, temperature in HOW.items():
-        name, scores = f"{when}, {how}", []
-        if name in run.evaluations or not rows:
-            continue
-        for part in tqdm(parts, f"evaluate {name}", unit="batch", leave=False):
-            run.stop_if_asked()
-            prompts = [make_prompt(processor, rows[n], cfg) for n in part]
-            sampled = rollout(policy, processor, prompts, 1, cfg.max_new_tokens, temperature,
-                              [question_seed(cfg, n) for n in part])
-            scores += [score(text, rows[n], cfg) for n, (text,) in zip(part, sampled.texts)]
-        run.evaluations[name] = {"questions": len(rows), **mean_scores(scores)}
+    for part in tqdm(parts, f"evaluate {when}", unit="batch", leave=False):
+        run.stop_if_asked()
+        prompts = [make_prompt(processor, rows[n], cfg) for n in part]
+        seeds = [question_seed(cfg, n) for n in part]
+        for found, temperature in zip(scores.values(), HOW.values()):
+            sampled = rollout(policy, processor, prompts, 1, cfg.max_new_tokens, temperature, seeds)
+            found += [score(text, rows[n], cfg) for n, (text,) in zip(part, sampled.texts)]
+    for name, found in scores.items():
+        run.evaluations[name] = {"questions": len(rows), **mean_scores(found)}
         run.log("metrics.jsonl", {"phase": "evaluation", "name": name, **run.evaluations[name]})
 
 LIMITS = {  # low, high; all other numbers: 1 to 65,536

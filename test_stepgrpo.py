@@ -2810,7 +2810,7 @@ def readme_blocks(kind):
 def test_the_walk_through_of_the_readme_is_what_explain_prints():
     done = subprocess.run([sys.executable, HERE / "data" / "explain.py"], capture_output=True, text=True)
     printed = done.stdout.split("\n\n")
-    assert done.returncode == 0 and len(printed) == 7, done.stderr
+    assert done.returncode == 0 and len(printed) == 8, done.stderr
     shown = [block.strip() for block in readme_blocks("text") if block.startswith("── ")]
     assert shown == [block.strip() for block in printed]
 

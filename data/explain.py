@@ -18,8 +18,7 @@ import transformers
 import stepgrpo as sg
 
 CELL = 28  # pixels of an image token
-LETTERS = {(220, 40, 40): "r", (40, 160, 60): "g", (50, 90, 220): "b", (240, 200, 40): "y"}
-
+LETTERS = {(220, 40, 40): "r", (40, 160, 60): "g", (50, 90, 220): "b"}
 
 def four_completions(reference):
     """Flawless, wrong by a slip, right without a rationale, and a dump of key words."""
@@ -27,9 +26,9 @@ def four_completions(reference):
     slip = slip.replace("is:\n2", "is:\n3")
     start, end = reference.index("### Rationales"), reference.index("### Let's")
     thing = reference.split("Of them 3 ")[1].split(".")[0]
-    return {"flawless": reference, "a slip": slip, "no rationale": reference[:start] + reference[end:],
+    return {"flawless": reference, "a slip": slip,
+            "no rationale": reference[:start] + reference[end:],
             "only key words": f"### Step 1:\n5 objects, 3 {thing}, 5 - 3 = 2"}
-
 
 def show_question(row, prompt):
     image = sg.load_image(row.images[0])
@@ -39,7 +38,6 @@ def show_question(row, prompt):
     print(f"question  {row.problem}\nanswer    {row.answer}")
     print(f"prompt    P = {len(prompt.ids)} tokens, {len(middles)} of them image")
 
-
 def show_warm_up(model, processor, prompt, row):
     ids = torch.tensor(processor.text_ids(row.reference) + processor.eos[:1])
     logps, _ = sg.completion_logps(model, processor, [prompt], [[ids]])
@@ -48,7 +46,6 @@ def show_warm_up(model, processor, prompt, row):
           "among them; of the prompt: 0")
     print(f"loss of random weights: {-logps.mean():.1f}; of a uniform guess among {allowed} "
           f"tokens: {math.log(allowed):.1f}")
-
 
 def show_rollout(model, processor, prompt):
     G, C, P = 4, 12, len(prompt.ids)
@@ -63,7 +60,6 @@ def show_rollout(model, processor, prompt):
     print("log-probs from sampling and from the update differ by less than 0.0001:",
           bool(gap < 1e-4))
 
-
 def show_sections(text):
     print("\n── 4. Sections of the completion with a slip")
     sections = sg.split_sections(text)
@@ -71,7 +67,6 @@ def show_sections(text):
     for name, content in {"description": sections.description, "rationale": sections.rationale,
                           **steps, "answer": sections.answer}.items():
         print(f"{name:12} {content}")
-
 
 def show_key_steps(texts, row):
     print("\n── 5. Key steps, and the step that earned each")
@@ -81,7 +76,6 @@ def show_key_steps(texts, row):
         cells = ["–" if i is None else f"step {i + 1}" for i in earned]
         print(f"{name:16}" + "".join(f"{cell:20}" for cell in cells).rstrip())
     print(f"one spelling: {sg.canonical('$5-3=2$')!r} is {sg.canonical('5 minus 3 equals 2')!r}")
-
 
 def show_rewards(texts, row):
     print("\n── 6. Rewards and advantages\n" + " " * 16 + f"{'right':>6}{'k':>7}{'StepRAR':>9}"
@@ -93,7 +87,6 @@ def show_rewards(texts, row):
         print(f"{name:16}{score['right']:6.0f}{score['k']:7.2f}{score['step_accuracy']:9.2f}"
               f"{score['step_validity']:9.0f}{score['reward']:7.2f}{a:+8.2f}{o:+18.2f}")
     return A
-
 
 def show_cheats(texts, row):
     """Completions that reason badly or not at all; all but the first end with a wrong answer."""
@@ -117,7 +110,6 @@ def show_cheats(texts, row):
         print(f"{name:29}{s['right']:6.0f}{s['k']:7.2f}{s['step_accuracy']:9.2f}"
               f"{s['step_validity']:9.0f}{s['reward']:7.2f}")
 
-
 def show_objective(model, processor, prompt, texts, A):
     print("\n── 7. Objective and update")
     optimizer = sg.MasterAdamW(model)
@@ -140,11 +132,10 @@ def show_objective(model, processor, prompt, texts, A):
     names = sorted(texts, key=dict(zip(texts, gain)).get)
     print(f"log-prob of a token rose most for: {names[-1]}; least for: {names[0]}")
 
-
 def main():
     transformers.utils.logging.set_verbosity_error()
     rows, _ = sg.read_rows("shapes")
-    row = next(row for row in rows if "5 - 3 = 2" in row.reference)
+    row = next(row for row in rows if "5 - 3 = 2" in row.reference and "red" in row.problem)
     texts = four_completions(row.reference)
     model, processor = sg.build_tiny([row.problem + "\n" + row.reference for row in rows], 0)
     prompt = sg.make_prompt(processor, row, sg.Config(**sg.TINY))
@@ -157,7 +148,6 @@ def main():
     A = show_rewards(texts, row)
     show_objective(model, processor, prompt, texts, A)
     show_cheats(texts, row)
-
 
 if __name__ == "__main__":
     main()

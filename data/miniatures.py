@@ -20,12 +20,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 # As the default run has seen them: one object in every fifth cell of 28 pixels.
-QUESTION = "Subtract all {} things. How many objects are left?"
+QUESTION = "Subtract all {} objects. How many objects are left?"
 CELL, PITCH, MOST = 28, 140, 6
 BACKGROUND = (122, 116, 104)
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 90, 220),
-           "yellow": (240, 200, 40)}
-SHAPES = ("round", "square", "triangular")
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 90, 220)}
+SHAPES = ("round", "square")
 LETTERS = "ABCDE"
 
 class Scene:
@@ -42,13 +41,8 @@ class Scene:
         self.image = Image.new("RGB", ((MOST - 1) * PITCH + CELL, CELL), BACKGROUND)
         pen = ImageDraw.Draw(self.image)
         for i, (colour, shape) in enumerate(zip(self.colours, self.shapes)):
-            x, y, fill = i * PITCH + 2, CELL - 3, COLOURS[colour]
-            if shape == "round":
-                pen.ellipse((x, 2, x + y - 2, y), fill=fill)
-            elif shape == "square":
-                pen.rectangle((x, 2, x + y - 2, y), fill=fill)
-            else:
-                pen.polygon([(x, y), (x + y - 2, y), (x + y / 2 - 1, 2)], fill=fill)
+            draw = pen.ellipse if shape == "round" else pen.rectangle
+            draw((i * PITCH + 2, 2, i * PITCH + CELL - 3, CELL - 3), fill=COLOURS[colour])
 
 def numbers(rng, right):
     """The right number among three wrong ones, as texts."""
@@ -77,7 +71,7 @@ def mathvista(rng):
             question, precision = "What share of the objects is red?", 1.0
             answer = round(scene.colours.count("red") / scene.total, 1)
         elif answer_type == "list":
-            question = "How many objects are red, green, blue and yellow?"
+            question = "How many objects are red, green and blue?"
             answer = list(map(scene.colours.count, COLOURS))
         yield {"image": scene.image, "question": hinted(hint, question, choices),
                "answer": answer, "answer_option": choices and letter_of(answer, choices) or "",
@@ -90,7 +84,6 @@ def mmstar(rng):
         for scene, question, choices, right in (
                 (a, a.question, numbers(rng, a.left), a.left),
                 (b, "What colour is the last object?", list(COLOURS), b.colours[-1]),
-                # Three options: the cell of D stays empty.
                 (c, "What shape has the first object?", list(SHAPES), c.shapes[0])):
             yield {"image": scene.image, "question": question, **dict(zip(LETTERS, choices)),
                    "answer": letter_of(right, choices), "category": "instance reasoning"}

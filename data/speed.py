@@ -2,7 +2,7 @@
 """Measures what a step costs, beside the usual way to do each part, in one process.
 
     python data/speed.py                     # tiny model on CPU; the 2B shape on CUDA
-    python data/speed.py --updates 20        # and so many whole updates, to see that they are stable
+    python data/speed.py --updates 20        # and so many whole updates: are they stable?
     python data/speed.py --trl runs/tiny     # beside TRL's GRPOTrainer, where trl is installed
 
 Weights are random, and completions never end before their limit, so every run does the same work.
@@ -45,7 +45,6 @@ SHAPE_2B = {
 SMALL, LARGE = (26, 1), (30, 17)  # images in cells of 28 pixels: 26 and 510 image tokens
 QUESTION = "Subtract all red objects. How many objects are left?"
 
-
 def build(size, device, dtype):
     """Model of random weights → (model, processor that allows no EOS)."""
     model, processor = sg.build_tiny([QUESTION] * 8, 0)
@@ -62,11 +61,10 @@ def build(size, device, dtype):
     processor.banned[processor.eos] = True
     return model.to(device, dtype).eval(), processor
 
-
 def noise(cells, seed=0):
     width, height = 28 * cells[0], 28 * cells[1]
-    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
-
+    pixels = random.Random(seed).randbytes(3 * width * height)
+    return Image.frombytes("RGB", (width, height), pixels)
 
 def race(calls, repeats, device):
     """{name: call} → {name: median seconds}: the calls in turn, after one of each."""
@@ -79,7 +77,6 @@ def race(calls, repeats, device):
                 torch.cuda.synchronize()
             times[name] += [time.perf_counter() - began] if n else []
     return {name: statistics.median(values) for name, values in times.items()}
-
 
 # ─── Rollout ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -94,7 +91,6 @@ def generate(model, prompts, G, C):
     return model.generate(**inputs, num_return_sequences=G, do_sample=True, temperature=1.0,
                           top_k=0, top_p=1.0, min_new_tokens=C, max_new_tokens=C)
 
-
 def bench_rollout(model, processor, cases, repeats):
     """cases: (Q, G, image, C)."""
     print(f"\n{'rollout, tokens per second':28}Q    G    P    C      ours  generate  ratio")
@@ -106,13 +102,12 @@ def bench_rollout(model, processor, cases, repeats):
         print(f"{'':25}{Q:4}{G:5}{len(prompts[0].ids):5}{C:5}{ours:10,.0f}{theirs:10,.0f}"
               f"{ours / theirs:6.1f}×")
         if model.device.type == "cuda":
-            read = model.dtype.itemsize * sum(p.numel() for p in model.model.language_model.parameters())
-            a = torch.empty(1 << 30, dtype=torch.uint8, device=model.device)
-            copy = race({"copy": lambda: a.copy_(a.flip(0))}, repeats, model.device)["copy"]
-            rate, limit = read * C / t["ours"] / 1e9, 2 * a.numel() / copy / 1e9
-            print(f"  {1000 * t['ours'] / C:.2f} ms per token: weights read at {rate:,.0f} GB/s, a copy "
-                  f"moves {limit:,.0f} GB/s")
-
+            weights = sum(p.numel() for p in model.model.language_model.parameters())
+            a, b = (torch.empty(1 << 30, dtype=torch.uint8, device=model.device) for _ in "ab")
+            copy = race({"copy": lambda: a.copy_(b)}, repeats, model.device)["copy"]
+            rate = weights * model.dtype.itemsize * C / t["ours"] / 1e9
+            print(f"  {1000 * t['ours'] / C:.2f} ms per token: weights read at {rate:,.0f} GB/s, "
+                  f"a copy moves {2 * a.numel() / copy / 1e9:,.0f} GB/s")
 
 # ─── Update ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -129,10 +124,10 @@ def repeated_logps(model, prompt, completions, banned):
             for row, own in zip(logits, ids)]
     return torch.stack(rows)[:, len(prompt.ids) - 1:]
 
-
 def bench_update(model, processor, cases, repeats):
     """cases: (G, image, C), one question."""
-    print(f"\n{'update, seconds per group':28}G    P    C    ours  repeated  ratio  gradients differ by")
+    print(f"\n{'update, seconds per group':28}G    P    C    ours  repeated  ratio  "
+          "gradients differ by")
     model.train()
     allowed, banned = (~processor.banned).nonzero()[:, 0], processor.banned.to(model.device)
     for G, cells, C in cases:
@@ -156,7 +151,6 @@ def bench_update(model, processor, cases, repeats):
               f"{t['repeated'] / t['ours']:6.1f}×  {apart:.0e}")
     model.zero_grad()
     model.eval()
-
 
 # ─── Memory of the 2B shape, counted ──────────────────────────────────────────────────────────────
 
@@ -183,14 +177,12 @@ class PeakMemory(TorchDispatchMode):
         self.seen.discard(key)
         self.now -= size
 
-
 def efficient_attention(q, k, v, attn_mask=None, is_causal=False):
-    """The kernel that CUDA takes, by name: the meta device would take one that keeps all scores."""
+    """The kernel that CUDA takes, by name: the meta device takes one that keeps all scores."""
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     attend = torch.ops.aten._scaled_dot_product_efficient_attention
     return attend(q, k, v, attn_mask, True, 0.0, is_causal)[0]
-
 
 def count_2b(Q, G, C, P, patches):
     """Prints the memory of a run of the 2B shape, micro-batch 1, gradient checkpointing."""
@@ -220,8 +212,8 @@ def count_2b(Q, G, C, P, patches):
     for name, size in parts.items():
         print(f"   {name:18}{size / 1e9:7.2f} GB")
     total = sum(parts.values())
-    print(f"   {'sum':18}{total / 1e9:7.2f} GB, with --offload-optimizer {(total - 16 * n) / 1e9:.2f}")
-
+    print(f"   {'sum':18}{total / 1e9:7.2f} GB, with --offload-optimizer "
+          f"{(total - 16 * n) / 1e9:.2f}")
 
 # ─── Whole updates, here and in TRL ───────────────────────────────────────────────────────────────
 
@@ -234,7 +226,6 @@ def make_rows(folder, number, cells):
         sg.load_image(row.images[0]).resize((28 * cells[0], 28 * cells[1])).save(file)
         made.append(row._replace(images=[file]))
     return made
-
 
 def our_updates(model, processor, rows, cfg):
     """(seconds, mean length of a completion) of each update of `train`."""
@@ -249,7 +240,6 @@ def our_updates(model, processor, rows, cfg):
     finally:
         sg.show = show
     return [(record["seconds"], record["length"]) for record in records]
-
 
 def trl_updates(checkpoint, rows, cfg):
     """The same in TRL's GRPOTrainer, with our checkpoint and rewards, and the paper's loss."""
@@ -274,7 +264,8 @@ def trl_updates(checkpoint, rows, cfg):
         per_device_train_batch_size=cfg.questions * cfg.group_size, learning_rate=cfg.lr,
         temperature=cfg.temperature, max_completion_length=cfg.max_new_tokens,
         max_steps=cfg.steps, logging_steps=1, loss_type="grpo", report_to=[], bf16=False,
-        use_cpu=True, save_strategy="no", generation_kwargs={"eos_token_id": eos})
+        use_cpu=True, save_strategy="no", disable_tqdm=True,
+        generation_kwargs={"eos_token_id": eos})
     model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint,
                                                                      dtype=torch.float32)
     trainer = GRPOTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor,
@@ -288,11 +279,11 @@ def trl_updates(checkpoint, rows, cfg):
         def on_step_end(self, *args, **kwargs):
             times[-1] = time.perf_counter() - times[-1]
 
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(Clock())
     trainer.train()
     lengths = [x["completions/mean_length"] for x in trainer.state.log_history if "reward" in x]
     return list(zip(times, lengths))
-
 
 def beside_trl(checkpoint):
     # torchvision, which Qwen2VLProcessor wants, has no CPU build for every torch. Its compiled
@@ -302,13 +293,13 @@ def beside_trl(checkpoint):
                  "deform_conv2d _deform_conv2d_backward").split():
         torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
     import trl
-    print(f"\nwhole update, seconds{'':7}Q    G  image      ours       TRL {trl.__version__}  ratio")
+    print(f"\n{'whole update, seconds':28}Q    G  image      ours       TRL {trl.__version__}  ratio")
     for Q, G, cells in ((8, 8, SMALL), (4, 8, (25, 20))):
         cfg = sg.Config(questions=Q, group_size=G, steps=5, temperature=1.0, beta=0.01, lr=1e-5,
                         max_new_tokens=192, instruction=False, micro_batch=Q)
         with tempfile.TemporaryDirectory() as folder:
             rows = make_rows(folder, Q * cfg.steps, cells)
-            model, processor = sg.load_model(checkpoint, torch.device("cpu"), torch.float32, 400_000)
+            model, processor = sg.load_model(checkpoint, "cpu", torch.float32, 400_000)
             updates = {"ours": our_updates(model, processor, rows, cfg),
                        "trl": trl_updates(str(Path(checkpoint) / "checkpoint"), rows, cfg)}
         shown = {name: statistics.median(seconds for seconds, _ in found[1:])
@@ -318,7 +309,6 @@ def beside_trl(checkpoint):
         print(f"{'':25}{Q:4}{G:5}{cells[0] * cells[1]:7}{shown['ours']:10.2f}{shown['trl']:10.2f}"
               f"{shown['trl'] / shown['ours']:12.1f}×   mean tokens of a completion: "
               f"{tokens['ours']:.0f}, {tokens['trl']:.0f}")
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -341,7 +331,8 @@ def main():
     model, processor = build(size, device, dtype)
     small = [(8, 8, SMALL, 96), (8, 8, SMALL, 192), (8, 8, LARGE, 96), (8, 8, LARGE, 192)]
     with torch.no_grad():
-        bench_rollout(model, processor, [(4, 4, LARGE, 256)] if size == "2B" else small, args.repeats)
+        cases = [(4, 4, LARGE, 256)] if size == "2B" else small
+        bench_rollout(model, processor, cases, args.repeats)
     bench_update(model, processor, [(4, LARGE, 256), (8, LARGE, 256)], args.repeats)
     settings = {"instruction": False, **(sg.TINY if size == "tiny" else {})}
     cfg = sg.Config(**settings | {"steps": args.updates + 1})
@@ -353,7 +344,6 @@ def main():
           f"C {cfg.max_new_tokens}" + (f"; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
                                        if cuda else ""))
     count_2b(4, 4, 1024, 650, 2040)
-
 
 if __name__ == "__main__":
     main()
