@@ -31,7 +31,7 @@ OBJECTS = 6  # at most
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 90, 220)}
 SHAPES = ("round", "square")
 BACKGROUND = (122, 116, 104)  # becomes 0 in the image processor: only objects give a signal
-SLIPS = {"wrong total": 0.15, "wrong count": 0.2, "no rationale": 0.1, "order": 0.1}
+SLIPS = {"wrong total": 0.18, "wrong count": 0.18, "no rationale": 0.08, "order": 0.08}
 FILES = {"test": "0", "train": "12", "warmup": "3456789"}  # last digit of an image's checksum
 
 def draw_image(objects):
@@ -56,10 +56,10 @@ class Scene:
     def path(self, slips=(), rng=None):
         """The reference path, with these slips in it."""
         total, removed = len(self.words), self.words.count(self.word)
-        if "wrong total" in slips:
-            total += rng.choice((-1, 1))
-        if "wrong count" in slips:
-            removed += 1 if removed == 1 else rng.choice((-1, 1))
+        if slips:  # two slips never cancel: no answer is right by luck
+            off = 1 if removed == 1 else rng.choice((-1, 1))
+            total -= off * ("wrong total" in slips)
+            removed += off * ("wrong count" in slips)
         seen = [f"{word} {self.words[:i].count(self.word)}/{i}"
                 for i, word in enumerate(self.words, 1)]
         steps = [f"### Step 1:\nThere are {total} objects.",
@@ -82,7 +82,7 @@ class Scene:
                 [f"{m} {word} object{'s' * (m != 1)}", f"{m} are {word}", f"{m} is {word}"],
                 [f"{n} - {m} = {n - m}", f"{n} minus {m} is {n - m}"]]
 
-def make_shapes(out, sizes, seed):
+def make_shapes(out, sizes, seed, slips=SLIPS):
     """Writes {file: number of rows} into the folder `out`."""
     rng = random.Random(seed)
     (out / "images").mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def make_shapes(out, sizes, seed):
             image = f"images/{name}_{len(rows):05d}.png"
             draw_image(scene.objects).save(out / image)
             if name == "warmup":
-                path = scene.path([s for s, share in SLIPS.items() if rng.random() < share], rng)
+                path = scene.path([s for s, share in slips.items() if rng.random() < share], rng)
                 rows.append({"messages": [{"role": "user", "content": "<image>" + scene.problem},
                                           {"role": "assistant", "content": path}],
                              "images": image})
@@ -111,7 +111,10 @@ if __name__ == "__main__":
     parser.add_argument("--test", type=int, default=500, help="held-out questions (500)")
     parser.add_argument("--warmup", type=int, default=12000, help="demonstrations (12000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--miscounts", type=float, default=SLIPS["wrong total"],
+                        help="share of demonstrations with a wrong total, and with a wrong count")
     args = parser.parse_args()
-    make_shapes(args.out, {name: getattr(args, name) for name in FILES}, args.seed)
+    slips = SLIPS | dict.fromkeys(("wrong total", "wrong count"), args.miscounts)
+    make_shapes(args.out, {name: getattr(args, name) for name in FILES}, args.seed, slips)
     print(f"{args.train} training questions, {args.warmup} demonstrations, "
           f"{args.test} held-out questions → {args.out}")
