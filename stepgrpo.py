@@ -1294,8 +1294,8 @@ class Run:
         self.data, sizes = data, dict.fromkeys(self.LOGS, 0)
         if self.saved:
             if self.saved["data"] != data:
-                raise UserError(f"the data are not those of {self.out}: held-out questions may have "
-                                "been trained on. Put the old data back, or choose another --out")
+                raise UserError(f"the data are not those of {self.out}: held-out questions may "
+                                "have been trained on. Put the old data back, or choose --out")
             optimizer.adamw.load_state_dict(self.saved["adamw"])
             optimizer.write_back(self.saved["masters"])
             sizes, self.saved = self.saved["sizes"], None

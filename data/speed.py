@@ -293,7 +293,8 @@ def beside_trl(checkpoint):
                  "deform_conv2d _deform_conv2d_backward").split():
         torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
     import trl
-    print(f"\n{'whole update, seconds':28}Q    G  image      ours       TRL {trl.__version__}  ratio")
+    print(f"\n{'whole update, seconds':28}Q    G  image      ours{f'TRL {trl.__version__}':>14}  "
+          "ratio")
     for Q, G, cells in ((8, 8, SMALL), (4, 8, (25, 20))):
         cfg = sg.Config(questions=Q, group_size=G, steps=5, temperature=1.0, beta=0.01, lr=1e-5,
                         max_new_tokens=192, instruction=False, micro_batch=Q)
