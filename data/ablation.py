@@ -89,7 +89,13 @@ def interval(values):
     return statistics.mean(values), half
 
 def table(results, experiment, seeds):
-    """The Markdown table: means over the seeds ± half of the 95 % interval."""
+    """The Markdown table: means over the seeds ± half of the 95 % interval; of few seeds each."""
+    def show(values, form):
+        if len(values) < 5:
+            return " / ".join(map(form.format, values))
+        mean, half = interval(values)
+        return f"{form.format(mean)} ± {half:.1f}"
+
     print(f"\n| {experiment}, {len(seeds)} seeds | right, sampled | against GRPO | right, greedy "
           "| valid form | k | flat groups |\n|---|---|---|---|---|---|---|")
     for arm in EXPERIMENTS[experiment][0]:
@@ -97,16 +103,15 @@ def table(results, experiment, seeds):
         plain = [results[experiment, seed, GRPO] for seed in seeds]
         gains = [100 * (r["sampled right"] - p["sampled right"]) for r, p in zip(found, plain)]
         keys = "sampled right", "greedy right", "sampled step_validity", "sampled k"
-        cells = ["{:.1f} ± {:.1f}".format(*interval([100 * r[key] for r in found]))
-                 for key in keys]
-        cells.insert(1, "–" if arm == GRPO else "{:+.1f} ± {:.1f}".format(*interval(gains)))
+        cells = [show([100 * r[key] for r in found], "{:.1f}") for key in keys]
+        cells.insert(1, "–" if arm == GRPO else show(gains, "{:+.1f}"))
         flat = [100 * n / sg.TINY["questions"] for r in found for n in r["flat_groups"]]
         cells.append(f"{statistics.mean(flat):.0f} %" if flat else "–")
         print(f"| {arm} | {' | '.join(cells)} |")
 
 def panel(x0, title, found_of, key):
-    """SVG of one plot: mean of the seeds with its 95 % band; each point is the mean of the last
-    five updates. found_of: arm → its results."""
+    """SVG of one plot: mean of the seeds with its 95 % band, or each of few seeds; a point is the
+    mean of the last five updates. found_of: arm → its results."""
     width, height, top = 240, 200, 30
 
     def point(x, y):
@@ -119,23 +124,26 @@ def panel(x0, title, found_of, key):
         parts.append(f'<path d="M{x0} {y}h{width}" stroke="#ddd"/><text x="{x0 - 6}" y="{y + 4}" '
                      f'text-anchor="end">{100 * tick:.0f} %</text>')
     for arm, colour in ((GRPO, "#c0504d"), (BOTH, "#1f6fb4")):
-        runs = [result[key] for result in found_of[arm]]
-        pairs = [interval([statistics.mean(run[max(0, n - 4):n + 1]) for run in runs])
-                 for n in range(len(runs[0]))]
+        runs = [[statistics.mean(values[max(0, n - 4):n + 1]) for n in range(len(values))]
+                for values in (result[key] for result in found_of[arm])]
+        pairs = [interval(values) for values in zip(*runs)]
         xs = [x0 + width * n / (len(pairs) - 1) for n in range(len(pairs))]
-        line = [point(x, mean) for x, (mean, _) in zip(xs, pairs)]
-        band = [point(x, mean + half) for x, (mean, half) in zip(xs, pairs)]
-        band += [point(x, mean - half) for x, (mean, half) in zip(xs, pairs)][::-1]
+        lines = runs if len(runs) < 5 else [[mean for mean, _ in pairs]]
+        if lines is not runs:
+            band = [point(x, mean + half) for x, (mean, half) in zip(xs, pairs)]
+            band += [point(x, mean - half) for x, (mean, half) in zip(xs, pairs)][::-1]
+            parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.2"/>')
+        for line in lines:
+            parts.append(f'<polyline points="{" ".join(map(point, xs, line))}" fill="none" '
+                         f'stroke="{colour}" stroke-width="{2 if len(lines) == 1 else 1.2}"/>')
         y = top + height - 26 + 18 * (arm == BOTH)
-        parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.2"/>'
-                     f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" '
-                     f'stroke-width="2"/><text x="{x0 + 90}" y="{y}" fill="{colour}">{arm}</text>')
+        parts.append(f'<text x="{x0 + 90}" y="{y}" fill="{colour}">{arm}</text>')
     return "".join(parts)
 
 def curves(results, seeds_of, file):
     """Both rewards against the right answer alone, over the updates, on training questions."""
     panels = (("usual", "right", "right answers"), ("usual", "step_validity", "valid form"),
-              ("sparse", "right", "right answers, sparse"))
+              ("sparse", "right", "right answers, sparse: three seeds"))
     parts = []
     for n, (experiment, key, title) in enumerate(panels):
         found_of = {arm: [results[experiment, seed, arm] for seed in seeds_of[experiment]]
