@@ -264,7 +264,7 @@ def trl_updates(checkpoint, rows, cfg):
         per_device_train_batch_size=cfg.questions * cfg.group_size, learning_rate=cfg.lr,
         temperature=cfg.temperature, max_completion_length=cfg.max_new_tokens,
         max_steps=cfg.steps, logging_steps=1, loss_type="grpo", report_to=[], bf16=False,
-        use_cpu=True, save_strategy="no", disable_tqdm=True,
+        use_cpu=True, save_strategy="no", disable_tqdm=True, use_bias_correction_kl=False,
         generation_kwargs={"eos_token_id": eos})
     model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint,
                                                                      dtype=torch.float32)
