@@ -8,7 +8,9 @@ Every arm of a seed starts from the same warm-up and asks the same held-out ques
 ordinary run of stepgrpo.py in runs/ablation/; its result is a line of data/ablation.jsonl.
 
 The second experiment, "sparse", asks the same questions after demonstrations that miscount the
-total in 80 % and the removed objects in 80 %, so that few completions are right at the start.
+total in 80 % and the removed objects in 80 %, so that few completions are right at the start. Its
+held-out questions are rows of its training file that are not trained on, so the same scene may
+stand in another row.
 """
 import argparse
 import json
