@@ -114,8 +114,8 @@ WARMUP_RATIO = 0.03  # share of the warm-up in which its learning rate rises (of
 # What `python stepgrpo.py` runs. A million fresh weights bear larger steps than two billion
 # trained ones, and a task this small needs fewer of them. The method is the same.
 TINY = dict(
-    warmup_steps=1500, warmup_batch=8, warmup_lr=2e-3,
-    steps=100, questions=8, group_size=8, lr=4e-4, beta=0.01, temperature=1.0, max_new_tokens=192,
+    warmup_steps=1800, warmup_batch=8, warmup_lr=2e-3,
+    steps=60, questions=8, group_size=8, lr=3e-4, beta=0.01, temperature=1.0, max_new_tokens=128,
     instruction=False,  # the warm-up teaches the template
     held_out=300, micro_batch=8)
 
@@ -772,30 +772,27 @@ def command(match):
     sign = COMMANDS.get(match[1]) or html.entities.html5.get(match[1] + ";") or f" {match[1]} "
     return unicodedata.normalize("NFKC", sign).translate(SIGNS)
 
-def rules(*pairs):
-    return [(re.compile(pattern), new) for pattern, new in pairs]
-
-def replace(pairs, text):
-    for pattern, new in pairs:
-        text = pattern.sub(new, text)
+def replace(rules, text):
+    for pattern, new in rules:
+        text = re.sub(pattern, new, text)
     return text
 
-INVISIBLE = rules(
+INVISIBLE = [
     (r"&#?\w+;", lambda m: html.unescape(m[0])), (r"</?(?:br|p|b|i) ?/?>", " "),  # &nbsp;
     (r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-     r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]", ""))
-RAW = INVISIBLE + rules(  # what NFKC or lower case would lose
+     r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]", "")]
+RAW = [*INVISIBLE,  # and what NFKC or lower case would lose
     (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"), (r"[₀-₉]+", r"_\g<0>"),  # x⁴ is x^4, x₁ is x_1
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), ("[º˚]", "°"),  # 2½ is 2 1/2
-    (r"(?<=[a-z]{2})-(?=[a-z])|(?<=[^\W\d_])-(?=[a-z]{2})", "‐"))  # co-interior: no minus
-FOLD = rules(
+    (r"(?<=[a-z]{2})-(?=[a-z])|(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
+FOLD = [
     ("<=", "≤"), (">=", "≥"), (r"!=|\\not ?=|<>", "≠"), ("=>", " → "),
     (r"(?<!\\)\$\$|(?<!\\)\$(?=\S)([^$\n]*?[^\s$\\])?\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
     (r"\\?([$€£¥]) ?(\d[\d,]*(?:\.\d+)?)", r"\2 \1 "),  # $5 is 5 $
     (r"(?:,?\\[,!] ?|\{,\})(?=\d{3})", ","),  # 1{,}234 is 1,234 is 1234, but not in (1,234)
     (r"(?<![\d.,(\[{|<⟨])\d{1,3}(?:,\d{3})+(?!,?\d| ?\\?[)\]}|>⟩r])",
      lambda m: m[0].replace(",", "")),
-    (r"\n[ \t]*[-*•][ \t]+|\n|\\\\", " ; "),  # a bullet is no minus
+    (r"\n\s*(?:[-*•][ \t]+)?|\\\\", " ; "),  # a bullet is no minus
     (r"\"([^\"]+)\"|(?<!\w)'([^']+)'(?!\w)", r" \1\2 "), ('"', "''"),  # but 5" is inches
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"), (r"\*\*+", " "),  # 2**3; bold
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![a-z])", " "),
@@ -823,8 +820,10 @@ FOLD = rules(
     (r"(^|[^\w)^√/] )\( ([\w. √]+) \)(?= /)", r"\1\2"),  # (2√3)/5 is 2√3/5
     (EDGE + r"(?:(-)|\+) (?=\d)", r"\1\2"),  # a sign, not a sum
     (r"(?<=[\d)]) \*(?= [α-ω√(°]| (?:sin|cos|tan|log|ln)\b)", ""),  # 3 * sin is 3 sin
-    (rf"(?<=[\dπ)]) ((?:square |cubic )?(?:° [cfk]|{UNIT})(?: / {UNIT})?)(?= |$)",  # one token
-     lambda m: " ~" + "".join(UNITS.get(token, token) for token in m[1].split())))
+    (rf"(?<=[\dπ)]) (?:(sq(?:uare)?)|cubic) ({UNIT})(?= |$)",  # 5 square cm is 5 cm^2
+     lambda m: f" {m[2]} ^ {2 if m[1] else 3}"),
+    (rf"(?<=[\dπ)]) ((?:° [cfk]|{UNIT})(?: / {UNIT})?)(?= |$)",  # one token
+     lambda m: " ~" + "".join(UNITS.get(token, token) for token in m[1].split()))]
 
 @functools.lru_cache(maxsize=8192)  # each completion of a group asks for the same forms
 def canonical(text):
@@ -987,7 +986,7 @@ def stated_key_steps(text, groups):
             pairs += [(re.sub(r" ~\S+", "", step), form), (step, re.sub(r" ~\S+", "", form))]
         return any(says(s.split(), f.split()) for s, f in pairs)
 
-    steps = split_sections(text[:10_000]).steps  # a hostile text costs bounded time
+    steps = split_sections(text[:6000]).steps  # a hostile text costs bounded time
     steps = [canonical("\n" + step) for step in steps]  # \n: a bullet may open it
     return [[i for i, forms in enumerate(groups) if any(states(step, canonical(form))
                                                         for form in forms)] for step in steps]
@@ -995,8 +994,6 @@ def stated_key_steps(text, groups):
 # ─── 9. Data ──────────────────────────────────────────────────────────────────────────────────────
 
 REFLECTIVE = "I think I have made a mistake. Let me rethink it."  # not in the official warm-up
-IMAGE_FIELDS = ("image_path", "image", "images")
-FIELDS = {*IMAGE_FIELDS, "problem", "solution", "key_steps", "messages", "conversations"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others may start another program
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -1009,7 +1006,7 @@ class Row(NamedTuple):
     key_steps: list  # groups of equivalent forms; [] if there are none
     images: list  # Path of each image file
 
-def read_rows(source, needs_key_steps=False):
+def read_rows(source):
     """shapes, shapes/test, shapes/warmup or a .json or .jsonl file → (rows, complaints).
 
     Formats: R1-VL-10K or Mulberry (ShareGPT), see data/README.md.
@@ -1026,26 +1023,18 @@ def read_rows(source, needs_key_steps=False):
             raise ValueError("it is no list of records")
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"cannot read {file}: {e}") from None
-    rows, complaints, notes = [], [], set()
+    rows, complaints = [], []
     for n, record in enumerate(tqdm(records, "read", leave=False, delay=2), 1):
+        if records is lines and not record.strip():
+            continue
         try:
-            if record and records is lines:
-                record = json.loads(record)
-            if record == "" and records is lines:
-                continue
-            rows.append(read_row(f"{file} row {n}", record, file.parent, needs_key_steps))
-            for name in record.keys() - FIELDS:
-                image = re.search(r"image|img|pic|photo|\.(png|jpe?g)\b", f"{name} {record[name]}")
-                notes.add(f"`{name}` is not read" + "; is it the image?" * bool(image))
-            if any(file.parent.resolve() not in image.parents for image in rows[-1].images):
-                notes.add("some images lie outside its folder")
+            record = json.loads(record) if records is lines else record
+            rows.append(read_row(f"{file} row {n}", record, file.parent))
         except (ValueError, OSError, RecursionError) as e:
             complaints.append(f"{file} row {n}: {e}")
-    for note in sorted(notes):
-        print(f"{file}: {note}")
     return rows, complaints
 
-def read_row(where, record, folder, needs_key_steps):
+def read_row(where, record, folder):
     """A record → Row. ValueError says what is wrong with it."""
     json.dumps(record, ensure_ascii=False).encode()  # half an emoji cannot be encoded
     if not isinstance(record, dict):
@@ -1063,8 +1052,11 @@ def read_row(where, record, folder, needs_key_steps):
         solution = str(solution)
     if not isinstance(problem, str) or not isinstance(solution, str):
         raise ValueError("has no problem and solution that are text")
-    images = next((record[name] for name in IMAGE_FIELDS if record.get(name)), [])
+    names = ("image_path", "image", "images")
+    images = next((record[name] for name in names if record.get(name)), [])
     images = images if isinstance(images, list) else [images]
+    if not images and any(record[x] and re.search("image|img|pic|photo", x) for x in record):
+        raise ValueError("has an image under another name than image_path")
     files = [(folder / str(image)).resolve() for image in images]
     if not all(map(os.path.isfile, files)):
         raise ValueError(f"has an image that is no file: {images}"[:300])
@@ -1080,8 +1072,6 @@ def read_row(where, record, folder, needs_key_steps):
     if not problem or not answer or not same_answer(asked, answer):
         raise ValueError("has no question, or no answer that a completion could give")
     key_steps = parse_key_steps(record["key_steps"]) if record.get("key_steps") else []
-    if needs_key_steps and not key_steps:
-        raise ValueError("has no key_steps; data/key_steps.py makes them")
     return Row(where, problem, answer, solution.strip(), key_steps, files)
 
 def solution_answer(solution):
@@ -1096,11 +1086,9 @@ def solution_answer(solution):
 def load_image(file):
     """Image file → upright RGB image, transparency on white. UserError if it cannot be read."""
     try:
-        image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS)).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
     except UNREADABLE as e:
         raise UserError(f"cannot read image {file}: {e}") from None
 
@@ -1129,7 +1117,10 @@ def check_prompts(rows, processor, cfg):
 
 def load_data(cfg):
     """→ training, warm-up and held-out rows, complaints. No held-out question is trained on."""
-    rows, complaints = read_rows(cfg.data, cfg.reward in ("step", "accuracy"))
+    rows, complaints = read_rows(cfg.data)
+    if cfg.reward in ("step", "accuracy"):
+        complaints += [f"{row.where}: has no key_steps; data/key_steps.py makes them"
+                       for row in rows if not row.key_steps]
     source = cfg.warmup_data or ("shapes/warmup" if cfg.data == "shapes" else "")
     paths, more = read_rows(source) if source and cfg.warmup_steps else ([], [])
     complaints += more + [f"{row.where}: holds no steps to imitate" for row in paths
@@ -1268,37 +1259,37 @@ class Run:
     LOGS, HARMLESS = ("metrics.jsonl", "samples.jsonl"), {"eval", "config.json.new"}
 
     def __init__(self, cfg):
-        self.cfg, self.out, self.stop, self.saved = cfg, Path(cfg.out), False, None
+        self.cfg, self.out, self.stop = cfg, Path(cfg.out), False
         # Random numbers are functions of seed and step, so they are no part of the state.
-        self.phase, self.step, self.evaluations = "warm-up", 0, {}
+        self.phase, self.step = "warm-up", 0
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.out, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.out} is in use by another run") from None
-        state = self.out / "state.pt"
-        if cfg.resume and state.exists():
-            try:
-                self.saved = torch.load(state, map_location="cpu", weights_only=True)
-                names = ("phase", "step", "evaluations")
-                self.phase, self.step, self.evaluations = (self.saved[name] for name in names)
-            except (OSError, EOFError, RuntimeError, KeyError, TypeError, UnpicklingError) as e:
-                raise UserError(f"{state} is torn or of another version ({str(e)[:80]}). Its "
-                                "checkpoint/ still serves as a --model") from None
-        elif not cfg.resume and {file.name for file in self.out.iterdir()} - self.HARMLESS:
+        if not cfg.resume and {file.name for file in self.out.iterdir()} - self.HARMLESS:
             raise UserError(f"{self.out} is not empty. Go on with it: --resume; or choose --out")
+        self.state = self.out / "state.pt"
+        self.resumed = self.state.exists()
 
     def begin(self, data, optimizer):
         """Once data and model have turned out to be good. data: a fingerprint of all rows."""
         self.data, sizes = data, dict.fromkeys(self.LOGS, 0)
-        if self.saved:
-            if self.saved["data"] != data:
+        if self.resumed:
+            try:
+                saved = torch.load(self.state, map_location="cpu", weights_only=True)
+                self.phase, self.step, known, sizes = (
+                    saved[name] for name in ("phase", "step", "data", "sizes"))
+                optimizer.adamw.load_state_dict(saved["adamw"])
+                optimizer.write_back(saved["masters"])
+            except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError,
+                    UnpicklingError) as e:
+                raise UserError(f"{self.state} is torn or of another version ({str(e)[:80]}). Its "
+                                "checkpoint/ still serves as a --model") from None
+            if known != data:
                 raise UserError(f"the data are not those of {self.out}: held-out questions may "
                                 "have been trained on. Put the old data back, or choose --out")
-            optimizer.adamw.load_state_dict(self.saved["adamw"])
-            optimizer.write_back(self.saved["masters"])
-            sizes, self.saved = self.saved["sizes"], None
         if not self.cfg.resume:
             new = self.out / "config.json.new"
             new.write_text(json.dumps(asdict(self.cfg), indent=1))
@@ -1314,12 +1305,12 @@ class Run:
 
     def save(self, policy, processor, optimizer):
         save_model(policy, processor, self.out / "checkpoint")
-        with open(self.out / "state.pt.new", "wb") as f:
-            torch.save({"phase": self.phase, "step": self.step, "evaluations": self.evaluations,
-                        "data": self.data, "masters": optimizer.masters,
-                        "adamw": optimizer.adamw.state_dict(),
-                        "sizes": {x: (self.out / x).stat().st_size for x in self.LOGS}}, f)
-        put(self.out / "state.pt.new", self.out / "state.pt")
+        new = self.out / "state.pt.new"
+        sizes = {name: (self.out / name).stat().st_size for name in self.LOGS}
+        with open(new, "wb") as f:
+            torch.save({"phase": self.phase, "step": self.step, "data": self.data, "sizes": sizes,
+                        "masters": optimizer.masters, "adamw": optimizer.adamw.state_dict()}, f)
+        put(new, self.state)
 
     def end_update(self, step, policy, processor, optimizer):
         """After each update: note where we are, save every so often, and stop if asked to."""
@@ -1343,10 +1334,8 @@ class Run:
 HOW = {"greedy": 0.0, "sampled at T = 1": 1.0}  # held-out questions are asked both ways
 
 def evaluate(cfg, run, policy, processor, rows, when):
-    """Mean scores of one completion per held-out question, kept in run.evaluations."""
+    """Logs the mean scores of one completion per held-out question."""
     scores = {f"{when}, {how}": [] for how in HOW}
-    if not rows or scores.keys() <= run.evaluations.keys():
-        return
     parts = chunks(range(len(rows)), cfg.questions * cfg.group_size)
     for part in tqdm(parts, f"evaluate {when}", unit="batch", leave=False):
         run.stop_if_asked()
@@ -1356,8 +1345,9 @@ def evaluate(cfg, run, policy, processor, rows, when):
             sampled = rollout(policy, processor, prompts, 1, cfg.max_new_tokens, temperature, seeds)
             found += [score(text, rows[n], cfg) for n, (text,) in zip(part, sampled.texts)]
     for name, found in scores.items():
-        run.evaluations[name] = {"questions": len(rows), **mean_scores(found)}
-        run.log("metrics.jsonl", {"phase": "evaluation", "name": name, **run.evaluations[name]})
+        if found:
+            record = {"phase": "evaluation", "name": name, "questions": len(rows)}
+            run.log("metrics.jsonl", record | mean_scores(found))
 
 LIMITS = {  # low, high; all other numbers: 1 to 65,536
     "seed": (0, 2**31), "steps": (-1, 1e7), "warmup_steps": (-1, 1e7), "held_out": (0, 1e6),
@@ -1402,34 +1392,32 @@ def set_up(cfg, run):
     device, tiny = pick_device(cfg.device), cfg.model == "tiny"
     *splits, complaints = load_data(cfg)
     (rows, warmup_rows, test_rows), every = splits, sum(splits, [])
-    if tiny and not run.saved:
+    if tiny and not run.resumed:
         texts = [row.problem + "\n" + row.reference for row in rows + warmup_rows]
         policy, processor = build_tiny(texts, cfg.seed)
         policy.to(device)
     else:
-        source = run.out / "checkpoint" if run.saved else cfg.model
+        source = run.out / "checkpoint" if run.resumed else cfg.model
         dtype = torch.bfloat16 if device.type == "cuda" and not tiny else torch.float32
         policy, processor = load_model(source, device, dtype, cfg.max_pixels)
     complaints += check_prompts(every, processor, cfg)
     if not rows or cfg.warmup_steps > 0 and not warmup_rows:
         complaints.append("no questions to train on, or no reference paths for the warm-up")
     if complaints:
-        more = [f"and {len(complaints) - 50} more"] * (len(complaints) > 50)
-        raise UserError("\n  ".join(["the data cannot be used:", *complaints[:50], *more]))
+        count = f"the data cannot be used, for {len(complaints)} reasons:"
+        raise UserError("\n  ".join([count, *complaints[:50]]))
     if cfg.warmup_steps < 0:
         cfg.warmup_steps = math.ceil(2 * len(warmup_rows) / cfg.warmup_batch)
     if cfg.steps < 0:
         cfg.steps = math.ceil(len(rows) / cfg.questions) if cfg.data == "shapes" else 13125
-    millions = sum(p.numel() for p in policy.parameters()) / 1e6
     blind = sum(not row.images for row in every)
     passes = cfg.steps * cfg.questions / len(rows)
-    print(f"{millions:,.1f} M parameters, {policy.dtype}, {device}; torch {torch.__version__}, "
-          f"transformers {transformers.__version__}\n{len(rows)} questions, {len(warmup_rows)} "
-          f"warm-up paths, {len(test_rows)} held out; {blind} of them have no image\n"
+    print(f"{policy.num_parameters() / 1e6:,.1f} M parameters, {policy.dtype}, {device}\n"
+          f"{len(rows)} questions, {len(warmup_rows)} warm-up paths, {len(test_rows)} held out; "
+          f"{blind} of them have no image\n"
           f"{cfg.warmup_steps} warm-up updates, then {cfg.steps} of StepGRPO ({passes:.1f} passes)")
-    if device.type == "cuda" and not tiny:  # the method's name changed within transformers 5
-        enable = getattr(policy, "activation_checkpointing_enable", None)
-        (enable or policy.gradient_checkpointing_enable)({"use_reentrant": False})
+    if device.type == "cuda" and not tiny:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = MasterAdamW(policy, cfg.offload_optimizer)
     names = [row._replace(where="", images=[file.name for file in row.images]) for row in every]
     run.begin(zlib.crc32(json.dumps(names).encode()), optimizer)
@@ -1440,8 +1428,8 @@ def learn(cfg, run):
     began = time.perf_counter()
     print(*(f"{name}={value}" for name, value in asdict(cfg).items()))
     policy, processor, optimizer, (rows, warmup_rows, test_rows) = set_up(cfg, run)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(getattr(signal, name), run.ask_to_stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, run.ask_to_stop)
     if run.phase == "warm-up":
         warm_up(cfg, run, policy, processor, warmup_rows, optimizer)
         save_model(policy, processor, run.out / "reference")
@@ -1453,14 +1441,17 @@ def learn(cfg, run):
         source = run.out / "reference"
         reference, _ = load_model(source, policy.device, policy.dtype, cfg.max_pixels)
         reference.requires_grad_(False)
-    evaluate(cfg, run, policy, processor, test_rows, "before")
-    train(cfg, run, policy, reference, processor, rows, optimizer)
-    evaluate(cfg, run, policy, processor, test_rows, "after")
-    run.save(policy, processor, optimizer)
+    if run.step == 0:
+        evaluate(cfg, run, policy, processor, test_rows, "before")
+    if cfg.steps:
+        train(cfg, run, policy, reference, processor, rows, optimizer)
+        run.save(policy, processor, optimizer)
+        evaluate(cfg, run, policy, processor, test_rows, "after")
     print(f"\n{'held-out questions':34}{'right':>8}{'StepRAR':>9}{'StepRVR':>9}{'k':>8}")
-    for name, means in run.evaluations.items():
-        print("{0:34}{right:8.3f}{step_accuracy:9.3f}{step_validity:9.3f}{k:8.3f}".format(
-            name, **means))
+    for record in map(json.loads, (run.out / "metrics.jsonl").read_text("utf-8").splitlines()):
+        if record["phase"] == "evaluation":
+            print("{name:34}{right:8.3f}{step_accuracy:9.3f}{step_validity:9.3f}{k:8.3f}".format(
+                **record))
     if subprocess.run([sys.executable, HERE / "data" / "report.py", run.out]).returncode:
         print("the page could not be written")
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes. The policy is in "
@@ -1484,7 +1475,7 @@ def main(argv=None):
         sys.exit(f"stepgrpo: cannot read or write: {e}. What was saved in {run and run.out} before "
                  "is whole: free some space or mend the path, and go on with --resume")
     except KeyboardInterrupt:
-        saved = run and (run.out / "state.pt").exists()
+        saved = run and run.state.exists()
         print("\nstopped. " + (f"Go on with: python stepgrpo.py --resume --out {run.out}" if saved
                                else "Nothing was saved"))
         sys.exit(130)

@@ -6,11 +6,6 @@
 
 Every arm of a seed starts from the same warm-up and asks the same held-out questions. Each is an
 ordinary run of stepgrpo.py in runs/ablation/; its result is a line of data/ablation.jsonl.
-
-The second experiment, "sparse", asks the same questions after demonstrations that miscount the
-total in 80 % and the removed objects in 80 %, so that few completions are right at the start. Its
-held-out questions are rows of its training file that are not trained on, so the same scene may
-stand in another row.
 """
 import argparse
 import json
@@ -30,28 +25,23 @@ RUNS, RESULTS = HERE.parent / "runs" / "ablation", HERE / "ablation.jsonl"
 WARM_UP, GRPO, BOTH = "warm-up only", "right answer only (GRPO)", "both rewards, M = 8"
 ARMS = {
     WARM_UP: "--steps 0",
-    # As many updates of imitation as take the time of 100 updates of StepGRPO.
-    "more imitation": "--warmup_steps 1000 --steps 0",
+    # As many updates of imitation as take the time of 60 updates of StepGRPO.
+    "more imitation": "--warmup_steps 500 --steps 0",
     GRPO: "--reward outcome",
     "StepRAR alone": "--reward accuracy",
     "StepRVR alone": "--reward validity",
     BOTH: "",
     "both rewards, M = 4": "--group_size 4",
     "both rewards, M = 2": "--group_size 2"}
-SPARSE_ARMS = (WARM_UP, GRPO, BOTH)
-EXPERIMENTS = {"usual": (tuple(ARMS), 5), "sparse": (SPARSE_ARMS, 3)}  # arms, seeds
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95 % interval of so many seeds
 
 def run(job):
     """One arm of one seed, as a run of its own → its line in the results."""
-    experiment, seed, arm = job
-    folder, began = RUNS / f"{experiment} {seed} {arm}", time.perf_counter()
+    seed, arm = job
+    folder, began = RUNS / f"{seed} {arm}", time.perf_counter()
     settings = {**sg.TINY, "seed": seed, "out": folder, "show_every": 1000}
-    if experiment == "sparse":
-        settings |= {"data": RUNS / "data" / "train.json", "held_out": 200,
-                     "warmup_data": RUNS / "data" / "warmup.json"}
     if arm != WARM_UP:
-        settings |= {"model": RUNS / f"{experiment} {seed} {WARM_UP}", "warmup_steps": 0}
+        settings |= {"model": RUNS / f"{seed} {WARM_UP}", "warmup_steps": 0}
     flags = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
     if (folder / "config.json").exists():
         flags = ["--resume", "--out", str(folder)]
@@ -63,7 +53,7 @@ def run(job):
     updates = [record for record in records if record["phase"] == "StepGRPO"]
     held_out = {r["name"].split(", ")[1]: r for r in records if r["phase"] == "evaluation"}  # last
     seconds = round(time.perf_counter() - began, 1)
-    result = {"experiment": experiment, "seed": seed, "arm": arm, "seconds": seconds}
+    result = {"seed": seed, "arm": arm, "seconds": seconds}
     for how, name in (("sampled at T = 1", "sampled"), ("greedy", "greedy")):
         result |= {f"{name} {key}": round(held_out[how][key], 4)
                    for key in ("right", "step_validity", "k")}
@@ -71,49 +61,41 @@ def run(job):
                for key in ("right", "step_validity", "flat_groups")}
     with open(RESULTS, "a", encoding="utf-8") as f:
         f.write(json.dumps(result) + "\n")
-    print(f"{experiment} {seed} {arm}: {result['sampled right']:.3f}, {seconds:.0f} s", flush=True)
+    print(f"{seed} {arm}: {result['sampled right']:.3f}, {seconds:.0f} s", flush=True)
 
 def run_all(seeds, done):
     """Two at a time, one thread each: these models are too small for two."""
-    if not (RUNS / "data").exists():
-        subprocess.run([sys.executable, HERE / "shapes.py", "--out", RUNS / "data",
-                        "--miscounts", "0.8"], check=True)
-    jobs = [(name, seed, arm) for name, (arms, most) in EXPERIMENTS.items()
-            for seed in range(min(seeds, most)) for arm in arms]
-    jobs = [job for job in jobs if job not in done]
+    jobs = [(seed, arm) for seed in seeds for arm in ARMS if (seed, arm) not in done]
     with ThreadPoolExecutor(2) as pool:
         for first in (True, False):  # all warm-ups, then what starts from them
-            list(pool.map(run, [job for job in jobs if (job[2] == WARM_UP) == first]))
+            list(pool.map(run, [job for job in jobs if (job[1] == WARM_UP) == first]))
 
 def interval(values):
     """Mean and half-width of its 95 % interval."""
     half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     return statistics.mean(values), half
 
-def table(results, experiment, seeds):
-    """The Markdown table: means over the seeds ± half of the 95 % interval; of few seeds each."""
-    def show(values, form):
-        if len(values) < 5:
-            return " / ".join(map(form.format, values))
+def table(results, seeds):
+    """The Markdown table: means over the seeds ± half of the 95 % interval."""
+    def show(values, form="{:.1f}"):
         mean, half = interval(values)
         return f"{form.format(mean)} ± {half:.1f}"
 
-    print(f"\n| {experiment}, {len(seeds)} seeds | right, sampled | against GRPO | right, greedy "
-          "| valid form | k | flat groups |\n|---|---|---|---|---|---|---|")
-    for arm in EXPERIMENTS[experiment][0]:
-        found = [results[experiment, seed, arm] for seed in seeds]
-        plain = [results[experiment, seed, GRPO] for seed in seeds]
+    print("\n| | right, sampled | against GRPO | right, greedy | valid form | k | flat groups |\n"
+          "|---|---|---|---|---|---|---|")
+    for arm in ARMS:
+        found, plain = ([results[seed, x] for seed in seeds] for x in (arm, GRPO))
         gains = [100 * (r["sampled right"] - p["sampled right"]) for r, p in zip(found, plain)]
         keys = "sampled right", "greedy right", "sampled step_validity", "sampled k"
-        cells = [show([100 * r[key] for r in found], "{:.1f}") for key in keys]
+        cells = [show([100 * r[key] for r in found]) for key in keys]
         cells.insert(1, "–" if arm == GRPO else show(gains, "{:+.1f}"))
         flat = [100 * n / sg.TINY["questions"] for r in found for n in r["flat_groups"]]
         cells.append(f"{statistics.mean(flat):.0f} %" if flat else "–")
         print(f"| {arm} | {' | '.join(cells)} |")
 
 def panel(x0, title, found_of, key):
-    """SVG of one plot: mean of the seeds with its 95 % band, or each of few seeds; a point is the
-    mean of the last five updates. found_of: arm → its results."""
+    """SVG of one plot: mean of the seeds with its 95 % band; a point is the mean of the last five
+    updates. found_of: arm → its results."""
     width, height, top = 240, 200, 30
 
     def point(x, y):
@@ -130,48 +112,39 @@ def panel(x0, title, found_of, key):
                 for values in (result[key] for result in found_of[arm])]
         pairs = [interval(values) for values in zip(*runs)]
         xs = [x0 + width * n / (len(pairs) - 1) for n in range(len(pairs))]
-        lines = runs if len(runs) < 5 else [[mean for mean, _ in pairs]]
-        if lines is not runs:
-            band = [point(x, mean + half) for x, (mean, half) in zip(xs, pairs)]
-            band += [point(x, mean - half) for x, (mean, half) in zip(xs, pairs)][::-1]
-            parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.2"/>')
-        for line in lines:
-            parts.append(f'<polyline points="{" ".join(map(point, xs, line))}" fill="none" '
-                         f'stroke="{colour}" stroke-width="{2 if len(lines) == 1 else 1.2}"/>')
+        band = [point(x, mean + half) for x, (mean, half) in zip(xs, pairs)]
+        band += [point(x, mean - half) for x, (mean, half) in zip(xs, pairs)][::-1]
+        line = [point(x, mean) for x, (mean, _) in zip(xs, pairs)]
+        parts += [f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.2"/>',
+                  f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" '
+                  'stroke-width="2"/>']
         y = top + height - 26 + 18 * (arm == BOTH)
         parts.append(f'<text x="{x0 + 90}" y="{y}" fill="{colour}">{arm}</text>')
     return "".join(parts)
 
-def curves(results, seeds_of, file):
+def curves(results, seeds, file):
     """Both rewards against the right answer alone, over the updates, on training questions."""
-    panels = (("usual", "right", "right answers"), ("usual", "step_validity", "valid form"),
-              ("sparse", "right", "right answers, sparse: three seeds"))
-    parts = []
-    for n, (experiment, key, title) in enumerate(panels):
-        found_of = {arm: [results[experiment, seed, arm] for seed in seeds_of[experiment]]
-                    for arm in (GRPO, BOTH)}
-        parts.append(panel(45 + 300 * n, title, found_of, key))
-    file.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="900" height="260" '
-                    'font-family="sans-serif" font-size="12"><rect width="900" height="260" '
-                    f'fill="white"/>{"".join(parts)}</svg>\n', encoding="utf-8")
+    found_of = {arm: [results[seed, arm] for seed in seeds] for arm in (GRPO, BOTH)}
+    panels = (panel(45, "right answers", found_of, "right"),
+              panel(345, "valid form", found_of, "step_validity"))
+    file.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="600" height="260" '
+                    'font-family="sans-serif" font-size="12"><rect width="600" height="260" '
+                    f'fill="white"/>{"".join(panels)}</svg>\n', encoding="utf-8")
 
 def read_results():
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    return {(r["experiment"], r["seed"], r["arm"]): r for r in map(json.loads, lines)}
+    return {(r["seed"], r["arm"]): r for r in map(json.loads, lines)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, choices=(2, 3, 4, 5),
-                        help="so many; at most 3 of them for the sparse experiment")
+    parser.add_argument("--seeds", type=int, default=5, choices=(2, 3, 4, 5))
     parser.add_argument("--report", action="store_true", help="run nothing")
     args = parser.parse_args()
     if not args.report:
-        run_all(args.seeds, read_results())
+        run_all(range(args.seeds), read_results())
     results = read_results()
-    seeds_of = {name: range(min(args.seeds, most)) for name, (_, most) in EXPERIMENTS.items()}
-    for name, seeds in seeds_of.items():
-        table(results, name, seeds)
-    curves(results, seeds_of, HERE / "ablation.svg")
+    table(results, range(args.seeds))
+    curves(results, range(args.seeds), HERE / "ablation.svg")
 
 if __name__ == "__main__":
     main()

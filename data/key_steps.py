@@ -124,7 +124,7 @@ def by_rule(row, args):
 
     Only forms that the rewards find in their own step are kept. So the path earns k = 1.
     """
-    found = [candidates(step) for step in split_sections(row.reference[:10_000]).steps[:50]]
+    found = [candidates(step) for step in split_sections(row.reference[:6000]).steps[:50]]
     forms = [form for groups in found for group in groups for form in group]
     stated = stated_key_steps(row.reference, [[form] for form in forms])
     key_steps, seen = [], set()

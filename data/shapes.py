@@ -31,7 +31,7 @@ OBJECTS = 6  # at most
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 90, 220)}
 SHAPES = ("round", "square")
 BACKGROUND = (122, 116, 104)  # becomes 0 in the image processor: only objects give a signal
-SLIPS = {"wrong total": 0.18, "wrong count": 0.18, "no rationale": 0.08, "order": 0.08}
+SLIPS = {"wrong total": 0.18, "wrong count": 0.18, "no rationale": 0.04}
 FILES = {"test": "0", "train": "12", "warmup": "3456789"}  # last digit of an image's checksum
 
 def draw_image(objects):
@@ -65,8 +65,6 @@ class Scene:
         steps = [f"### Step 1:\nThere are {total} objects.",
                  f"### Step 2:\nOf them {removed} {self.word} object{'s' * (removed != 1)}.",
                  f"### Step 3:\n{total} - {removed} = {total - removed}"]
-        if "order" in slips:
-            steps[:2] = steps[1::-1]
         rationale = ["### Rationales:",
                      f"Count all objects, count the {self.word} objects, then subtract."]
         return "\n".join([
