@@ -41,7 +41,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from stepgrpo import (HERE, SHORT_NAMES, UserError, build_instruction, canonical, chunks,
+from stepgrpo import (HERE, SHORT_NAMES, TINY, UserError, build_instruction, canonical, chunks,
                       load_image, load_model, pick_device, rollout, split_sections, undecorated)
 
 # ─── 1. The eight benchmarks ──────────────────────────────────────────────────────────────────────
@@ -823,7 +823,7 @@ FLAGS = {
     "--max-new-tokens": (2048, "completion limit"),
     "--max-pixels": (1_003_520, "larger images are shrunk (1,280 tokens)"),
     "--batch-size": (16, "questions answered at once"),
-    "--device": ("auto", "auto, cpu, cuda or cuda:N"),
+    "--device": ("auto", "auto, cpu or cuda"),
 }
 
 def parse_arguments(argv):
@@ -848,7 +848,7 @@ def use_tiny(args):
     if not Path("runs/tiny/checkpoint").is_dir():
         raise UserError("run python stepgrpo.py first, about five minutes: there is no runs/tiny")
     # It was trained on completions of this length.
-    args.model, args.max_new_tokens = "runs/tiny", min(args.max_new_tokens, 192)
+    args.model, args.max_new_tokens = "runs/tiny", min(args.max_new_tokens, TINY["max_new_tokens"])
     if not args.data:
         subprocess.run([sys.executable, HERE / "data" / "miniatures.py"], check=True)
         args.data = str(MINIATURES)

@@ -83,7 +83,7 @@ class Config:
     out: str = knob("", "run folder; '' = runs/<model>")
     resume: bool = knob(False, "go on with the run in --out")
     seed: int = knob(0, "of data order, sampling and the tiny model's weights")
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    device: str = knob("auto", "auto, cpu or cuda (which GPU: CUDA_VISIBLE_DEVICES)")
     warmup_steps: int = knob(-1, "updates of imitation; -1 = two epochs (paper), 0 = none")
     warmup_batch: int = knob(128, "reference paths per update (paper)")
     warmup_lr: float = knob(1e-5, "peak learning rate, cosine (paper, 2B; 5e-6 for 7B)")
@@ -115,7 +115,7 @@ WARMUP_RATIO = 0.03  # share of the warm-up in which its learning rate rises (of
 # trained ones, and a task this small needs fewer of them. The method is the same.
 TINY = dict(
     warmup_steps=1800, warmup_batch=8, warmup_lr=2e-3,
-    steps=60, questions=8, group_size=8, lr=3e-4, beta=0.01, temperature=1.0, max_new_tokens=128,
+    steps=80, questions=8, group_size=8, lr=3e-4, beta=0.01, temperature=1.0, max_new_tokens=128,
     instruction=False,  # the warm-up teaches the template
     held_out=300, micro_batch=8)
 
@@ -299,10 +299,11 @@ class Processor:
         self.banned = torch.arange(vocabulary) >= len(tokenizer)  # (V,)
         self.banned[list(special.values())] = True
 
+    @functools.lru_cache(maxsize=8192)
     def text_ids(self, text, layout=False):
         """Special tokens count only in our own layout. In a user's text they are characters."""
-        return self.tokenizer(text, add_special_tokens=False,
-                              split_special_tokens=not layout)["input_ids"]
+        return tuple(self.tokenizer(text, add_special_tokens=False,
+                                    split_special_tokens=not layout)["input_ids"])
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -316,13 +317,13 @@ class Processor:
             sizes = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
         if text.count("<image>") != len(images):
             text = "<image>" * len(images) + text
-        ids = self.text_ids(BEFORE, layout=True)
+        ids = [*self.text_ids(BEFORE, layout=True)]
         for part, size in zip(text.split("<image>", len(images)), [*sizes, 0]):
             ids += self.text_ids(part)
             if size:
                 image = "<|vision_start|>" + "<|image_pad|>" * size + "<|vision_end|>"
                 ids += self.text_ids(image, layout=True)
-        ids = torch.tensor(ids + self.text_ids(AFTER, layout=True))
+        ids = torch.tensor([*ids, *self.text_ids(AFTER, layout=True)])
         # An image of t × h × w tokens spans a box of positions, and the text goes on after its
         # longest side: 100 image tokens may advance the position by 10.
         is_image = (ids == self.image_token).int()
@@ -596,7 +597,7 @@ def warm_up(cfg, run, policy, processor, rows, optimizer):
     bar = tqdm(range(run.step, cfg.warmup_steps), "warm-up", unit="update")
     for step in bar:
         batch = draw(rows, cfg.warmup_batch, cfg.seed, step)
-        paths = [(row, torch.tensor(processor.text_ids(row.reference) + processor.eos[:1]))
+        paths = [(row, torch.tensor([*processor.text_ids(row.reference), processor.eos[0]]))
                  for row in batch]
         paths.sort(key=lambda path: len(path[1]))  # of like length: little padding
         tokens, loss_sum = sum(len(ids) for _, ids in paths), 0.0
@@ -714,9 +715,11 @@ def chunks(items, size):
 def draw(rows, size, seed, step):
     """Batch number `step` of an endless stream of rows, which is shuffled anew in each epoch."""
     places = [divmod(n, len(rows)) for n in range(step * size, step * size + size)]
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
-              for epoch in {epoch for epoch, _ in places}}
-    return [rows[orders[epoch][i]] for epoch, i in places]
+    return [rows[shuffled(len(rows), seed, epoch)[i]] for epoch, i in places]
+
+@functools.lru_cache(maxsize=4)
+def shuffled(size, seed, epoch):
+    return random.Random(f"{seed} {epoch}").sample(range(size), size)
 
 def show(cfg, run, record, batch, texts, scores, advantages):
     """A line per update. Every so often the group whose rewards differ most is logged, and its best
@@ -1006,15 +1009,20 @@ class Row(NamedTuple):
     key_steps: list  # groups of equivalent forms; [] if there are none
     images: list  # Path of each image file
 
+def from_shapes(name):
+    """Path in data/shapes/, which is drawn if it is not there."""
+    path = HERE / "data" / "shapes" / name
+    if not path.exists():
+        subprocess.run([sys.executable, HERE / "data" / "shapes.py"], check=True)
+    return path
+
 def read_rows(source):
     """shapes, shapes/test, shapes/warmup or a .json or .jsonl file → (rows, complaints).
 
     Formats: R1-VL-10K or Mulberry (ShareGPT), see data/README.md.
     """
     names = {"shapes": "train.json", "shapes/test": "test.json", "shapes/warmup": "warmup.json"}
-    file = HERE / "data" / "shapes" / names[source] if source in names else Path(source)
-    if source in names and not file.exists():
-        subprocess.run([sys.executable, HERE / "data" / "shapes.py"], check=True)
+    file = from_shapes(names[source]) if source in names else Path(source)
     try:
         text = file.read_text("utf-8-sig")  # a byte order mark may open it
         lines = text.split("\n")  # not splitlines: it also cuts inside strings
@@ -1126,7 +1134,8 @@ def load_data(cfg):
     complaints += more + [f"{row.where}: holds no steps to imitate" for row in paths
                           if not split_sections(row.reference).steps]
     warmup = [row for row in paths if REFLECTIVE not in row.reference]
-    print(f"warm-up: {len(paths) - len(warmup)} paths with “{REFLECTIVE}” left out")
+    if len(warmup) < len(paths):
+        print(f"warm-up: {len(paths) - len(warmup)} paths with “{REFLECTIVE}” left out")
     if cfg.data == "shapes":
         test, more = read_rows("shapes/test")
         test, complaints = test[:cfg.held_out], complaints + more
@@ -1147,8 +1156,8 @@ def load_data(cfg):
 # ─── 10. Checkpoints ──────────────────────────────────────────────────────────────────────────────
 
 def load_model(name, device, dtype, max_pixels):
-    """Short name, Hub id, checkpoint folder or run folder → (model in eval mode, Processor)."""
-    source = SHORT_NAMES.get(name, str(name))
+    """tiny, short name, Hub id, checkpoint or run folder → (model in eval mode, Processor)."""
+    source = str(from_shapes("tiny") if name == "tiny" else SHORT_NAMES.get(name, name))
     if (Path(source) / "checkpoint").is_dir():
         source = str(Path(source) / "checkpoint")
     try:
@@ -1185,30 +1194,6 @@ def put(new, final):
     with open(new, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(new, final)
-
-def build_tiny(texts, seed):
-    """A Qwen2-VL of about a million random weights, and a tokenizer trained on `texts`."""
-    tokenizer = transformers.Qwen2Tokenizer(
-        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=SPECIAL_TOKENS)
-    tokenizer = tokenizer.train_new_from_iterator(
-        [*texts, BEFORE + AFTER], vocab_size=512, show_progress=False)
-    ids = {token[2:-2]: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    # With the usual 0.02 a model this small does not learn to see in minutes. A small theta lets it
-    # tell neighbouring cells apart.
-    wide = {"initializer_range": 0.1}
-    rope = {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [1, 2, 13]}
-    text = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, vocab_size=len(tokenizer), tie_word_embeddings=True,
-                rope_parameters=rope, bos_token_id=None, eos_token_id=ids["im_end"],
-                pad_token_id=ids["endoftext"], **wide)
-    vision = dict(depth=1, embed_dim=64, num_heads=4, hidden_size=128, mlp_ratio=2, **wide)
-    config = transformers.Qwen2VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **wide,
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
-    torch.manual_seed(seed)
-    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
-    return model, Processor(tokenizer, transformers.Qwen2VLImageProcessorPil(), model)
 
 # ─── 11. Optimiser and run folder ─────────────────────────────────────────────────────────────────
 
@@ -1378,28 +1363,23 @@ def parse_config(argv):
     return cfg
 
 def pick_device(name):
-    """auto, cpu, cuda or cuda:N → torch device."""
-    devices = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-    name = {"auto": devices[:2][-1], "cuda": "cuda:0"}.get(name, name)
-    if name not in devices:
-        raise UserError(f"--device {name} is not there; there is {', '.join(devices)}")
-    if name != "cpu":
-        torch.cuda.set_device(name)  # graphs are captured on this one
-    return torch.device(name)
+    """auto, cpu or cuda → torch device."""
+    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if name not in ("auto", *there):
+        raise UserError(f"--device {name} is not there; there is {' and '.join(there)}")
+    return torch.device(there[-1] if name == "auto" else name)
 
 def set_up(cfg, run):
     """Data and model → policy, processor, optimizer, (training, warm-up, held-out rows)."""
     device, tiny = pick_device(cfg.device), cfg.model == "tiny"
     *splits, complaints = load_data(cfg)
     (rows, warmup_rows, test_rows), every = splits, sum(splits, [])
+    source = run.out / "checkpoint" if run.resumed else cfg.model
+    dtype = torch.bfloat16 if device.type == "cuda" and not tiny else torch.float32
+    policy, processor = load_model(source, device, dtype, cfg.max_pixels)
     if tiny and not run.resumed:
-        texts = [row.problem + "\n" + row.reference for row in rows + warmup_rows]
-        policy, processor = build_tiny(texts, cfg.seed)
-        policy.to(device)
-    else:
-        source = run.out / "checkpoint" if run.resumed else cfg.model
-        dtype = torch.bfloat16 if device.type == "cuda" and not tiny else torch.float32
-        policy, processor = load_model(source, device, dtype, cfg.max_pixels)
+        torch.manual_seed(cfg.seed)
+        policy = type(policy)(policy.config).to(device)  # each seed has weights of its own
     complaints += check_prompts(every, processor, cfg)
     if not rows or cfg.warmup_steps > 0 and not warmup_rows:
         complaints.append("no questions to train on, or no reference paths for the warm-up")

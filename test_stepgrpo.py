@@ -614,7 +614,7 @@ def test_hostile_texts_are_scored_in_50_ms_also_in_another_thread():
 def test_only_the_four_packages_are_imported_and_no_eval_or_bare_except_hides_a_bug():
     allowed = {"torch", "transformers", "safetensors", "PIL", "tqdm"} | sys.stdlib_module_names
     for file in PROJECT_FILES:
-        own = set() if file.name in ("stepgrpo.py", "shapes.py") else {"stepgrpo"}
+        own = set() if file.name == "stepgrpo.py" else {"stepgrpo"}
         own |= {"trl", "datasets", "torchvision"} if file.name == "speed.py" else set()  # --trl
         for node in ast.walk(ast.parse(file.read_text())):
             names, kinds = [], []
@@ -1062,7 +1062,7 @@ def test_each_question_is_scored_with_its_own_answer(small_model):
 def test_the_warm_up_loss_is_the_mean_over_all_tokens_of_the_paths_and_one_eos(small_model):
     model, processor = small_model
     rows = [sg.Row("", "How many?", "4", a_path(steps=["x = 3"] * n), [], []) for n in (1, 4)]
-    paths = [torch.tensor(processor.text_ids(row.reference) + processor.eos[:1]) for row in rows]
+    paths = [torch.tensor([*processor.text_ids(row.reference), processor.eos[0]]) for row in rows]
     prompt, logged = processor.prompt("How many?"), []
     with torch.no_grad():
         logps = [sg.completion_logps(model, processor, [prompt], [[ids]])[0] for ids in paths]
@@ -1123,7 +1123,7 @@ def test_flat_groups_give_zero_gradients_are_counted_and_kl_still_pulls(small_mo
 def test_ids_are_kept_end_to_end_where_encoding_the_text_again_would_change_them(small_model):
     model, processor = small_model
     record, _, ids = one_update(model, processor)
-    assert any(processor.text_ids(processor.decode(own)) != own.tolist() for own in sum(ids, []))
+    assert any([*processor.text_ids(processor.decode(own))] != own.tolist() for own in sum(ids, []))
     assert record["sampling_gap"] < 1e-5 and record["ratio"] == pytest.approx(1, abs=1e-6)
 
 def test_one_step_at_lr_1e_6_moves_the_fp32_masters_of_bf16_weights(small_model):
@@ -1335,18 +1335,14 @@ def test_other_settings_or_other_data_on_resume_are_one_line(straight, shapes_se
     assert "the data are not those" in run_main("--resume", "--out", out)
 
 def test_resume_restores_the_masters_of_bf16_weights(shapes_set, tmp_path):
-    flags, load, build = dict(lr=1e-5, warmup_steps=0), sg.load_model, sg.build_tiny
+    model = sg.from_shapes("tiny")  # as a folder, so that it is not made anew in fp32
+    flags, load = dict(lr=1e-5, warmup_steps=0, model=model), sg.load_model
 
     def load_bf16(name, device, dtype, max_pixels):
         return load(name, device, torch.bfloat16, max_pixels)
 
-    def build_bf16(*args):
-        sg.save_model(*build(*args), tmp_path / "tiny")
-        return load_bf16(tmp_path / "tiny", "cpu", None, 400_000)
-
     with varied_rewards(), pytest.MonkeyPatch.context() as patch:  # as on CUDA
         patch.setattr(sg, "load_model", load_bf16)
-        patch.setattr(sg, "build_tiny", build_bf16)
         for name in ("whole", "run"):
             with at_log("StepGRPO", 3) if name == "run" else contextlib.nullcontext():
                 run_main(*run_flags(tmp_path / name, shapes_set, **flags))
@@ -1959,9 +1955,7 @@ def scores_of(out):
 def tiny(tmp_path_factory):
     """A run folder with a tiny model of random weights."""
     folder = tmp_path_factory.mktemp("run")
-    texts = ["How many objects are left? Question: Choices: A B C D yes no 0 1 2 3 4 5"]
-    model, processor = sg.build_tiny(texts, seed=0)
-    sg.save_model(model, processor, folder / "checkpoint")
+    shutil.copytree(sg.from_shapes("tiny"), folder / "checkpoint")
     (folder / "config.json").write_text('{"instruction": false}')
     return folder
 

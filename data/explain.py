@@ -39,7 +39,7 @@ def show_question(row, prompt):
     print(f"prompt    P = {len(prompt.ids)} tokens, {len(middles)} of them image")
 
 def show_warm_up(model, processor, prompt, row):
-    ids = torch.tensor(processor.text_ids(row.reference) + processor.eos[:1])
+    ids = torch.tensor([*processor.text_ids(row.reference), processor.eos[0]])
     logps, _ = sg.completion_logps(model, processor, [prompt], [[ids]])
     allowed = int((~processor.banned).sum())
     print(f"\n── 2. Warm-up\ntokens of the reference path that are trained: {len(ids)}, its EOS "
@@ -109,7 +109,7 @@ def show_cheats(texts, row):
 def show_objective(model, processor, prompt, texts, A):
     print("\n── 7. Objective and update")
     optimizer = sg.MasterAdamW(model)
-    own = [[torch.tensor(processor.text_ids(text) + processor.eos[:1]) for text in texts.values()]]
+    own = [[torch.tensor([*processor.text_ids(text), processor.eos[0]]) for text in texts.values()]]
 
     def logps_of_all():
         logps, mask = sg.completion_logps(model, processor, [prompt], own)
@@ -133,7 +133,7 @@ def main():
     rows, _ = sg.read_rows("shapes")
     row = next(row for row in rows if "5 - 3 = 2" in row.reference and "red" in row.problem)
     texts = four_completions(row.reference)
-    model, processor = sg.build_tiny([row.problem + "\n" + row.reference for row in rows], 0)
+    model, processor = sg.load_model("tiny", "cpu", torch.float32, 400_000)
     prompt = sg.make_prompt(processor, row, sg.Config(**sg.TINY))
     with torch.no_grad():
         show_question(row, prompt)

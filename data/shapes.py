@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Draws the embedded data: rows of coloured objects, with questions, reference paths and key steps.
+"""What the default run needs: rows of coloured objects with questions and reference paths, and a
+model small enough to learn them on a laptop.
 
     python data/shapes.py                       # writes data/shapes/, the same files every time
     python data/shapes.py --out DIR --train 100 --test 50 --warmup 200 --seed 7
@@ -10,6 +11,7 @@ It writes the two formats that real data comes in, so nothing downstream knows t
     test.json     held-out questions, in the same format
     warmup.json   demonstrations for the warm-up (Mulberry, ShareGPT): messages, images
     images/       a PNG per question; an object fills a cell of 28 pixels, one image token
+    tiny/         a Qwen2-VL of 0.7 million random weights, as a checkpoint of transformers
 
 Every image belongs to one of the three files, by a checksum, so none is seen in two of them. The
 demonstrations are imperfect on purpose, as real ones are: each of SLIPS stands in a share of them.
@@ -18,10 +20,17 @@ So imitation has a ceiling. Answers and key steps of train.json and test.json ar
 import argparse
 import json
 import random
+import shutil
+import sys
 import zlib
 from pathlib import Path
 
+import torch
+import transformers
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import stepgrpo as sg
 
 CELL = 28  # pixels: patches of 14, merged 2 × 2
 # A description spends five tokens on each object ("red 1/2"), and objects stand five cells apart.
@@ -31,7 +40,7 @@ OBJECTS = 6  # at most
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 90, 220)}
 SHAPES = ("round", "square")
 BACKGROUND = (122, 116, 104)  # becomes 0 in the image processor: only objects give a signal
-SLIPS = {"wrong total": 0.18, "wrong count": 0.18, "no rationale": 0.04}
+SLIPS = {"wrong total": 0.18, "wrong count": 0.18, "no rationale": 0.03}
 FILES = {"test": "0", "train": "12", "warmup": "3456789"}  # last digit of an image's checksum
 
 def draw_image(objects):
@@ -81,8 +90,8 @@ class Scene:
                 [f"{n} - {m} = {n - m}", f"{n} minus {m} is {n - m}"]]
 
 def make_shapes(out, sizes, seed, slips=SLIPS):
-    """Writes {file: number of rows} into the folder `out`."""
-    rng = random.Random(seed)
+    """Writes {file: number of rows} into the folder `out` → what a model may read of them."""
+    rng, texts = random.Random(seed), []
     (out / "images").mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
         rows = []
@@ -92,15 +101,43 @@ def make_shapes(out, sizes, seed, slips=SLIPS):
                 continue
             image = f"images/{name}_{len(rows):05d}.png"
             draw_image(scene.objects).save(out / image)
+            path = scene.path()
             if name == "warmup":
                 path = scene.path([s for s, share in slips.items() if rng.random() < share], rng)
                 rows.append({"messages": [{"role": "user", "content": "<image>" + scene.problem},
                                           {"role": "assistant", "content": path}],
                              "images": image})
             else:
-                rows.append({"problem": scene.problem, "solution": scene.path(),
-                             "image_path": image, "key_steps": {"Steps": scene.key_steps()}})
+                rows.append({"problem": scene.problem, "solution": path, "image_path": image,
+                             "key_steps": {"Steps": scene.key_steps()}})
+            if name != "test":
+                texts.append(scene.problem + "\n" + path)
         (out / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return texts
+
+def build_tiny(texts, seed=0):
+    """A Qwen2-VL of random weights, and a Processor with a tokenizer trained on `texts`."""
+    tokenizer = transformers.Qwen2Tokenizer(
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=sg.SPECIAL_TOKENS)
+    tokenizer = tokenizer.train_new_from_iterator(
+        [*texts, sg.BEFORE + sg.AFTER], vocab_size=512, show_progress=False)
+    ids = {token[2:-2]: tokenizer.convert_tokens_to_ids(token) for token in sg.SPECIAL_TOKENS}
+    # With the usual 0.02 a model this small does not learn to see in minutes. A small theta lets it
+    # tell neighbouring cells apart.
+    wide = {"initializer_range": 0.1}
+    rope = {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [1, 2, 13]}
+    text = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, vocab_size=len(tokenizer), tie_word_embeddings=True,
+                rope_parameters=rope, bos_token_id=None, eos_token_id=ids["im_end"],
+                pad_token_id=ids["endoftext"], **wide)
+    vision = dict(depth=1, embed_dim=64, num_heads=4, hidden_size=128, mlp_ratio=2, **wide)
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **wide,
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"])
+    torch.manual_seed(seed)
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    return model, sg.Processor(tokenizer, transformers.Qwen2VLImageProcessorPil(), model)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -113,6 +150,11 @@ if __name__ == "__main__":
                         help="share of demonstrations with a wrong total, and with a wrong count")
     args = parser.parse_args()
     slips = SLIPS | dict.fromkeys(("wrong total", "wrong count"), args.miscounts)
-    make_shapes(args.out, {name: getattr(args, name) for name in FILES}, args.seed, slips)
+    transformers.utils.logging.disable_progress_bar()
+    texts = make_shapes(args.out, {name: getattr(args, name) for name in FILES}, args.seed, slips)
+    new = args.out / "tiny.new"  # a folder half written is never taken for a model
+    sg.save_model(*build_tiny(texts, args.seed), new)
+    shutil.rmtree(args.out / "tiny", ignore_errors=True)
+    new.rename(args.out / "tiny")
     print(f"{args.train} training questions, {args.warmup} demonstrations, "
           f"{args.test} held-out questions → {args.out}")
