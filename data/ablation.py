@@ -25,7 +25,7 @@ RUNS, RESULTS = HERE.parent / "runs" / "ablation", HERE / "ablation.jsonl"
 WARM_UP, GRPO, BOTH = "warm-up only", "right answer only (GRPO)", "both rewards, M = 8"
 ARMS = {
     WARM_UP: "--steps 0",
-    # As many updates of imitation as take the time of 80 updates of StepGRPO.
+    # As many updates of imitation as take the time of 60 updates of StepGRPO.
     "more imitation": "--warmup_steps 500 --steps 0",
     GRPO: "--reward outcome",
     "StepRAR alone": "--reward accuracy",
