@@ -120,7 +120,7 @@ def show_objective(model, processor, prompt, texts, A):
     loss, stats = sg.grpo_loss(logps, ref, ref, A, mask)
     loss.backward()
     print(f"before the update   loss {abs(loss.item()):.3f}   KL {stats['kl']:.3f}   ratio "
-          f"{stats['ratio']:.3f}   gradient is zero: {optimizer.step(3e-4) == 0}")
+          f"{stats['ratio']:.3f}   gradient is zero: {optimizer.step(1e-5) == 0}")
     logps, mask = logps_of_all()
     _, stats = sg.grpo_loss(logps, logps.detach(), ref, A, mask)
     print(f"after one update    KL to the reference above zero: {stats['kl'] > 0}")

@@ -11,7 +11,7 @@ It writes the two formats that real data comes in, so nothing downstream knows t
     test.json     held-out questions, in the same format
     warmup.json   demonstrations for the warm-up (Mulberry, ShareGPT): messages, images
     images/       a PNG per question; an object fills a cell of 28 pixels, one image token
-    tiny/         a Qwen2-VL of 0.7 million random weights, as a checkpoint of transformers
+    tiny/         a Qwen2-VL of 0.6 million random weights, as a checkpoint of transformers
 
 Every image belongs to one of the three files, by a checksum, so none is seen in two of them. The
 demonstrations are imperfect on purpose, as real ones are: each of SLIPS stands in a share of them.
