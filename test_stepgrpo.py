@@ -1254,6 +1254,13 @@ def test_a_run_is_repeated_by_its_seed_and_differs_by_another(straight, shapes_s
     assert_same_run(straight, tmp_path / "again")
     assert metrics(tmp_path / "other")[0] != metrics(straight)[0]
 
+def test_each_seed_draws_weights_of_its_own(shapes_set, tmp_path):
+    first = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        cfg = sg.parse_config(run_flags(tmp_path / name, shapes_set, seed=seed))
+        first[name] = sg.set_up(cfg, sg.Run(cfg))[0].lm_head.weight
+    assert torch.equal(first["a"], first["b"]) and not torch.equal(first["a"], first["c"])
+
 @pytest.mark.parametrize("phase, step, number", [
     ("StepGRPO", 3, signal.SIGINT), ("warm-up", 1, signal.SIGTERM), ("warm-up", 2, signal.SIGHUP)])
 def test_stop_and_resume_go_on_with_the_same_curve_bit_for_bit(phase, step, number, straight,

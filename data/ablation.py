@@ -77,14 +77,14 @@ def interval(values):
     return statistics.mean(values), half
 
 def table(results, seeds):
-    """The Markdown table: means over the seeds ± half of the 95 % interval."""
+    """The Markdown table of all finished arms: means over the seeds ± half of the 95 % interval."""
     def show(values, form="{:.1f}"):
         mean, half = interval(values)
         return f"{form.format(mean)} ± {half:.1f}"
 
     print("\n| | right, sampled | against GRPO | right, greedy | valid form | k | flat groups |\n"
           "|---|---|---|---|---|---|---|")
-    for arm in ARMS:
+    for arm in [arm for arm in ARMS if all((seed, arm) in results for seed in seeds)]:
         found, plain = ([results[seed, x] for seed in seeds] for x in (arm, GRPO))
         gains = [100 * (r["sampled right"] - p["sampled right"]) for r, p in zip(found, plain)]
         keys = "sampled right", "greedy right", "sampled step_validity", "sampled k"
