@@ -719,6 +719,7 @@ def draw(rows, size, seed, step):
 
 @functools.lru_cache(maxsize=4)
 def shuffled(size, seed, epoch):
+    """The order of the rows in an epoch."""
     return random.Random(f"{seed} {epoch}").sample(range(size), size)
 
 def show(cfg, run, record, batch, texts, scores, advantages):
