@@ -201,14 +201,22 @@ def statements(response):
     return [text[:1000] for text in texts if text]
 
 VERB = re.compile(
-    r"\b(?:is|are|was|were|be|had|has|have|equals?|needs?|gets?|costs?|takes?|left with"
-    r"|leav(?:es|ing)(?: us with)?|(?:amount|account|increas|decreas|grew|rose|fell|total|reach"
-    r"|receiv|earn|scor)\w*(?: (?:to|by|for|at))?(?= \$?\d))\b|\b(?:it|that)['’]s\b"
-    r"|[是为]|(?<![<>≤≥!])=|:(?=\s)", re.I)
+    r"\b(?:is|are|was|were|be|had|has|have|equals?|(?:rose|fell|grew|\w+ed) (?:to|by|for|at)"
+    r"(?= \W?\d))\b|[是为]|(?<![<>≤≥!])=|:(?=\s)", re.I)
 CLAUSE = re.compile(
-    r",? (?:because|since|which|while|although|but|with|when|where|compared"
-    r"|rounded)\b|[,.;] (?:as|and|according|followed|indicating|based|not)\b"
-    r"|\s\((?=[a-z]{2}|[\d.]+%?\))", re.I)
+    r",? (?:because|since|which|while|although|but|(?<!left )with|when|where|compared|rounded)\b"
+    r"|[,.;] (?:as|and|according|followed|indicating|based|not)\b"
+    r"|\s\((?=(?:[a-z]{2}|[\d.]+%?\))[^=]*\Z)", re.I)
+LEAD = re.compile(r"\A(?:according|based|after|from|in|as|so|thus|hence|therefore)\b[^,]*, ", re.I)
+# What 'which is' adds; the option at the end, or the one number of 'So, Ruth pays $13 for it',
+# unless the sentence denies.
+LATE = re.compile(
+    r"\bwhich (?:is|are|was|were|had|has)\b(.*)"
+    r"|\A(?!.*(?:\b(?:not?|n?or|cannot|than)\b|n't))(?:.*(?:\(|option \(?)((?-i:[A-H]))\b\)?\W*"
+    r"|(?:so|thus|hence|therefore)\b\D*(\$?\d[\d,.]*%?)\D*)\Z", re.I)
+# Words that add nothing to a question, as stems.
+FILLER = set("ther the a an this that thes who it he she we they is are was were do did does has"
+             " had have of in on at to by with".split())
 
 def bare(text):
     """A text without lead-in, quotes, dollars, boxes and leftover symbols around it."""
@@ -217,20 +225,30 @@ def bare(text):
     text = re.sub(r"\"\s*\}?\Z|\A\"", "", text)
     return re.sub(r"\A[\[({]([^\[\](){},]*)[\])}]\Z", r"\1", text).strip()
 
-def forms(text):
+def stem(word):
+    """'Objects,' → obje; 2,014 → 2014."""
+    return re.sub(r"(?<=[a-z]{4})[\w'’]+|\W", "", word.lower())
+
+def added(text, question):
+    """What a sentence adds to the words of a question: 'France', to 'had the most visitors'."""
+    known = {*map(stem, question.split()), *FILLER, "imag", "char", ""}
+    new = [word.span() for word in re.finditer(r"\S+", text) if stem(word[0]) not in known]
+    return text[new[0][0]:new[-1][1]] if new and question else ""
+
+def forms(text, question=""):
     """What a statement may say: the whole of it; the same without its trailing clause; what
-    stands after the last verb of that; an equation after 'is'; what 'which is' adds.
+    stands after the last verb of that, or after the first; what it adds to the question; LATE.
 
     After the verb stands the claim. So it does not matter that the subject compares or denies:
     'The difference between 2012 and the year not shown is 5, with 3 left out' says 5.
     """
-    late = re.findall(r"\bwhich (?:is|are|was|were|had|has)\b(.*)", text)
-    text = bare(text)
+    late = [match[match.lastindex] for match in LATE.finditer(text)]
+    text = bare(LEAD.sub("", text))
     verb = VERB.search(text)
     clause = CLAUSE.search(text, verb.end() if verb else 1)
     short = text[:clause.start()] if clause else text
-    equation = re.split(r"\b(?:is|are|was|were)\b", short)[-1]
-    found = map(bare, (text, short, VERB.split(short)[-1], equation, *late))
+    after = (VERB.split(short, most)[-1] for most in (0, 1))
+    found = map(bare, (text, short, *after, added(short, question), *late))
     return list(filter(None, dict.fromkeys(found)))
 
 # Numbers are read from the tokens of `canonical`: '2 √ 3', '-3', '5 ~cm', '1 ∶ 4'. A number is a
@@ -295,22 +313,6 @@ def only_words(tokens):
     words = re.fullmatch(rf"(?:{WORD}(?: |\Z))*", main)
     return bool(words and not several and not NO_UNIT.search(main))
 
-def stated_number(text):
-    """The number that a statement gives after its verb, or at its beginning; else None.
-
-    Several values without a verb give none, nor does 'a = 7, b = 5'. Nor does any sentence with
-    one number, unless it concludes: 'So, Ruth pays $13 for it.'
-    """
-    if re.search(r"=[^=]*(?:[,;]| and )[^=]*=", text):
-        return None
-    for form in forms(text):
-        if number := read_number(form, loose=True):
-            return number
-    found = re.findall(r"\$?\d[\d,]*(?:\.\d+)?%?", text)
-    concludes = re.match(r"(?:so|thus|hence|therefore|in total)\b", text, re.I)
-    if len(found) == 1 and concludes and not DENIAL.search(text):
-        return read_number(found[0])
-
 def nearly(p, g):
     return abs(p - g) < 1e-6
 
@@ -348,20 +350,16 @@ def same(a, b):
     if not (wanted := items(b)):
         return False
     given = items(a) or items(f"[{re.sub(' and ', ', ', a)}]")
-    if len(given) != len(wanted):
-        return False
     # Texts may come in any order.
-    texts = not any(map(read_number, wanted)) and set(map(words, given)) == set(map(words, wanted))
-    return texts or all(map(same, given, wanted))
+    if not any(map(read_number, wanted)):
+        given, wanted = sorted(given, key=words), sorted(wanted, key=words)
+    return len(given) == len(wanted) and all(map(same, given, wanted))
 
 # '(C)', 'C.', 'C: 58', 'option C', 'C because', 'c)'; not 'A dog'.
 LETTER = re.compile(
     r"(?i:option |choice |letter )?(?:[(\[]([A-Ha-h])[)\]]|([A-H])(?=\Z|[).:,;/&\n\]]"
     r"|\s+[-–(]|\s+(?:and|or|because|since|is|as)\b)|([a-h])(?=\Z|[).:]))")
 SEVERAL = re.compile(r"(?:\W*(?:[,/&\n]|\band\b|\bor\b)\W*(?:option )?\(?[A-H]\b(?! [a-z]))+")
-MENTION = re.compile(
-    r"(?:\(|\b(?:option|choice|figure|picture|shape|piece) )([A-H])\b(?!\)? [a-z])")
-DENIAL = re.compile(r"\b(?:not?|neither|nor|cannot|than|or|incorrect|wrong)\b|n't\b", re.I)
 
 def matching(text, options):
     """The letters of the options that say the same as a text."""
@@ -382,13 +380,10 @@ def chosen(text, options, question=""):
 
     A letter alone is a letter, even where the options are letters themselves.
     """
-    for form in forms(text):
+    for form in forms(text, question):
         if letters := leading_letters(form, options) or matching(form, options):
             return letters
-    if letters := matching(yes_or_no(text, question), options):
-        return letters
-    letters = set(MENTION.findall(text))
-    return set() if len(letters) > 1 or DENIAL.search(text) else letters
+    return matching(yes_or_no(text, question), options)
 
 YES_NO = re.compile(
     r"\W*(?:(?P<yes>yes|yeah|(?:true|correct|right)(?=\W*\Z|[.,;:!])|是的?|对|正确)"
@@ -406,18 +401,17 @@ def yes_or_no(text, question):
     both = re.match(r"\W*(?:or|and|/)\W*(?:yes|no)\b", word.string[word.end():], re.I)
     return "" if both else "Yes" if word["yes"] else "No"
 
-STOP_WORDS = "the are does did has have was were there this".split()
-HEDGE = re.compile(r"\b(?:if|whether|unclear|cannot|but|however|may|might)\b", re.I)
+HEDGE = re.compile(r"\b(?:if|whether|unclear|cannot|but|however|may|might)\b|[<>=]", re.I)
 
 def echo(question, text):
     """Yes if a sentence repeats the words of the question in their order, No if it denies them.
 
     'Is Red the maximum?' 'Red is not the maximum.'
     """
-    asked, said = ([word[:4] for word in re.findall(r"[^\W_]{3,}", side.lower())
-                    if word not in STOP_WORDS] for side in (question, text))
+    asked, said = ([stem(word) for word in re.findall(r"[^\W_]{3,}", side)
+                    if stem(word) not in FILLER] for side in (LEAD.sub("", question), text))
     said = iter(said)
-    if len(asked) < 2 or HEDGE.search(text) or not all(stem in said for stem in asked):
+    if len(asked) < 2 or HEDGE.search(text) or not all(word in said for word in asked):
         return ""
     return "No" if re.search(r"\b(?:not?|never)\b|n't\b", text, re.I) else "Yes"
 
@@ -438,16 +432,20 @@ def grade(response, read, is_right):
 
 NAME = re.compile(r"\W*([A-Za-z])\W*=")
 
-def grade_value(response, gold, equal, plain):
+def grade_value(response, gold, question, equal, plain):
     """A number if the right answer is one; else a text or a list."""
     def says(text):
-        return any(same(form, gold) for form in forms(text))
+        return any(same(form, gold) for form in forms(text, question))
 
     def numbers(text):
-        # Of '2π/3 ≈ 2.094' either side counts. But y = -3 is not x = -3.
+        # Of '2π/3 ≈ 2.094' either side counts. But y = -3 is not x = -3, and 'a = 7, b = 5'
+        # states none.
         names = {name[1] for name in map(NAME.match, (gold, text)) if name}
-        found = map(stated_number, re.split(r"≈|\\approx", text))
-        return [number for number in found if number and len(names) < 2]
+        if len(names) > 1 or re.search(r"=[^=]*(?:[,;]| and )[^=]*=", text):
+            return []
+        found = ((read_number(form, loose=True) for form in forms(side, question))
+                 for side in re.split(r"≈|\\approx", text))
+        return [number for side in found if (number := next(filter(None, side), None))]
 
     if number := read_number(bare(gold.split("=")[-1])):
         return grade(response, numbers, lambda found: any(
@@ -473,7 +471,7 @@ def score(benchmark, row, response):
     """Score of a response to a row, a dict of TSV columns. A malformed row is an error."""
     gold = fold(cell(row, "answer", missing=()))
     response = response if isinstance(response, str) else ""
-    question = cell(row, "question").split("Question:")[-1].split("Choices:")[0]
+    question = cell(row, "question").split("Question:")[-1].split("Choices:")[0].split("Please")[0]
     options = {x: fold(text) for x, text in options_of(benchmark, row).items()}
     label = benchmark == "mathvista" and cell(row, "answer_option") or gold
     is_letter = re.fullmatch(r"\W*[A-H](?:\W+[A-H])*\W*", label)
@@ -490,7 +488,7 @@ def score(benchmark, row, response):
         read = partial(yes_or_no, question=question)
         return grade(response, read, gold.capitalize().__eq__)
     # MathVerse has multiple-choice rows without options. The answer to one is 090^\circ T.
-    return grade_value(response, gold, *closeness(benchmark, row))
+    return grade_value(response, gold, question, *closeness(benchmark, row))
 
 # A figure is the share of units whose rows are all right. A unit is a row for accuracy, an image
 # for MME's acc+, the ten variants of a question for DynaMath's worst case.
