@@ -231,7 +231,7 @@ def stem(word):
 
 def added(text, question):
     """What a sentence adds to the words of a question: 'France', to 'had the most visitors'."""
-    known = {*map(stem, question.split()), *FILLER, "imag", "char", ""}
+    known = {*map(stem, question.split()), *FILLER, "imag", "char"}
     new = [word.span() for word in re.finditer(r"\S+", text) if stem(word[0]) not in known]
     return text[new[0][0]:new[-1][1]] if new and question else ""
 
