@@ -201,8 +201,9 @@ def statements(response):
     return [text[:1000] for text in texts if text]
 
 VERB = re.compile(
-    r"\b(?:is|are|was|were|be|had|has|have|equals?|(?:rose|fell|grew|\w+ed) (?:to|by|for|at)"
-    r"(?= \W?\d))\b|[是为]|(?<![<>≤≥!])=|:(?=\s)", re.I)
+    r"\b(?:is|are|was|were|be|had|has|have|(?<!not )(?:equals?|(?:rose|fell|grew"
+    r"|(?!compar|exceed)\w+ed)(?: (?:to|by|for|at))?(?= \W?\d)))\b"
+    r"|[是为]|(?<![<>≤≥!])=|:(?=\s)", re.I)
 CLAUSE = re.compile(
     r",? (?:because|since|which|while|although|but|(?<!left )with|when|where|compared|rounded)\b"
     r"|[,.;] (?:as|and|according|followed|indicating|based|not)\b"
@@ -313,8 +314,7 @@ def only_words(tokens):
     words = re.fullmatch(rf"(?:{WORD}(?: |\Z))*", main)
     return bool(words and not several and not NO_UNIT.search(main))
 
-def nearly(p, g):
-    return abs(p - g) < 1e-6
+nearly = partial(math.isclose, rel_tol=0, abs_tol=1e-6)
 
 def same_number(p, g, equal=nearly, plain=False):
     """p: the answer, g: the right one. A unit or a scale word may be missing, but not differ.
