@@ -155,7 +155,7 @@ class Sections(NamedTuple):
 HEADER = re.compile(
     r"^(?P<marks>[ \t#*]*)(?:(?P<description>image +description)|(?P<rationale>rationales?)"
     r"|(?P<reasoning>let['’]s +think +step +by +step)|step *(?P<number>\d{1,4})"
-    r"|(?P<answer>the +final +answer +is(?:\W{0,9}the +final +answer +is)?)|(?<=##))(?!\w)"
+    r"|(?P<answer>the +final +answer +is(?:[^\w'\"]{0,9}the +final +answer +is)?)|(?<=##))(?!\w)"
     r"[ \t]*\**[ \t]*(?:(?P<colon>[:：])|\.(?!\d))?\**", re.IGNORECASE | re.MULTILINE)
 
 def split_sections(text):
@@ -749,13 +749,13 @@ def show(cfg, run, record, batch, texts, scores, advantages):
 
 SIGNS = str.maketrans(
     dict(zip("−–×·⋅∗∙÷∕⁄∆≦⩽≧⩾∼∣⇒’‘′“”", "--*****///δ≤≤≥≥~|→'''\"\""))
-    | {"—": " ; ", "∛": "√[3]", "∞": " infinity "}
+    | {"—": " ; ", "∛": "√[3]", "∞": " infinity ", "∴": " "}
     | dict.fromkeys("∠∡", " angle ") | dict.fromkeys("△▵", " triangle "))
-COMMANDS = {"circ": "°", "degree": "°", "cdot": "*", "infty": "∞", "neq": "≠", "sqrt": "√",
-            "to": "→", "implies": "→", "dots": "...", "ldots": "...", "cdots": "..."}
+COMMANDS = {"circ": "°", "degree": "°", "textdegree": "°", "infty": "∞", "cdot": "*", "sqrt": "√",
+            "neq": "≠", "to": "→", "implies": "→"} | {x + "dots": "..." for x in ("", "l", "c")}
 SPOKEN = {" * ": "times|multiplied by", " / ": "divided by", " + ": "plus", " - ": "minus",
-          " = ": "equals|is equal to|equal to", " √": "sqrt|square root of", " π ": "pi",
-          "°": "degrees?", " % ": "per ?cent"}
+          " = ": r"equals|(?:is )?equal to|is(?= +[-\d√π])", " √": "sqrt|square root of",
+          " π ": "pi", "°": "degrees?", " % ": "per ?cent", " ^2 ": "squared", " ^3 ": "cubed"}
 # Nothing else is a unit: '4 sin θ' is not 4 of the unit sin θ. The first name stands for all.
 UNITS = {name + s: names[0] for s in ("", "s") for names in map(str.split, """
     m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
@@ -769,7 +769,7 @@ EDGE = r"(^|[^\w)\]⦄%°'!$€£¥] )"  # nothing, or a sign that opens
 def bracketed(match, i=1):
     """What braces hold: bare if it is one number or one word, else in brackets."""
     text = match[i].strip("{} ")
-    return text if re.fullmatch(r"-?[\d.]+|[^\W\d]\w*|\W?", text) else f"({text})"
+    return f" {text} " if re.fullmatch(r"-?[\d.]+|[^\W\d]\w*|\W?", text) else f"({text})"
 
 def command(match):
     """LaTeX command → sign. HTML's entities have LaTeX's names: \\leq is &leq; is ≤."""
@@ -781,16 +781,17 @@ def replace(rules, text):
         text = re.sub(pattern, new, text)
     return text
 
-INVISIBLE = [
-    (r"&#?\w+;", lambda m: html.unescape(m[0])), (r"</?(?:br|p|b|i) ?/?>", " "),  # &nbsp;
+INVISIBLE = [(r"&#?\w+;", lambda m: html.unescape(m[0])),  # &nbsp;
+    (r"(?i)</?(?:br|p|b|i|em|strong|answer|conclusion) ?/?>", " "),
     (r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
      r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]", "")]
 RAW = [*INVISIBLE,  # and what NFKC or lower case would lose
     (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"), (r"[₀-₉]+", r"_\g<0>"),  # x⁴ is x^4, x₁ is x_1
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), ("[º˚]", "°"),  # 2½ is 2 1/2
+    (r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ","),  # a space that parts no line: 1,000
     (r"(?<=[a-z]{2})-(?=[a-z])|(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
 FOLD = [
-    ("<=", "≤"), (">=", "≥"), (r"!=|\\not ?=|<>", "≠"), ("=>", " → "),
+    ("<=", "≤"), (">=", "≥"), (r"!=|=/=|\\not ?=|<>", "≠"), ("=>", " → "), (r"\|\||//", "∥"),
     (r"(?<!\\)\$\$|(?<!\\)\$(?=\S)([^$\n]*?[^\s$\\])?\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
     (r"\\?([$€£¥]) ?(\d[\d,]*(?:\.\d+)?)", r"\2 \1 "),  # $5 is 5 $
     (r"(?:,?\\[,!] ?|\{,\})(?=\d{3})", ","),  # 1{,}234 is 1,234 is 1234, but not in (1,234)
@@ -819,8 +820,8 @@ FOLD = [
     (r"(?:(?<=[a-z]{2} )-)?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+\b|[a-z](?![\w']))?"
      r"|[^\W\d_][\w']*|[^\s\w]|_", r" \g<0> "), (r"\s+", " "), (r"^ | $", ""),
     (r"(?<![\w.])(?=\.\d)", "0"), (r"(\.\d*?)0+(?!\w)", r"\1"), (r"(?<=\d)\.(?= |$)", ""),  # 3.0
-    (EDGE + r"\( (-? ?√? ?(?:[\d.]+|[^\W\d]\w*)) \)", r"\1\2"),  # (3) is 3, f(3) is not
-    (r"(?<=\d) \( (\d[\d.]*) \)", r" * \1"),  # 7(3) is 7 * 3
+    (EDGE + r"\( ([\d.]+|\w|-? ?√? ?(?:[\d.]+|[^\W\d]\w*)(?= \)(?! [\^!]))) \)", r"\1\2"),
+    (r"(?<=\d) \( (\d[\d.]*) \)", r" * \1"),  # (3) is 3, 7(3) is 7 * 3; f(3), (-3)^2 stay
     (r"(^|[^\w)^√/] )\( ([\w. √]+) \)(?= /)", r"\1\2"),  # (2√3)/5 is 2√3/5
     (EDGE + r"(?:(-)|\+) (?=\d)", r"\1\2"),  # a sign, not a sum
     (r"(?<=[\d)]) \*(?= [α-ω√(°]| (?:sin|cos|tan|log|ln)\b)", ""),  # 3 * sin is 3 sin
@@ -841,22 +842,24 @@ def canonical(text):
 
 def has_content(text):
     """Whether a section or an answer holds a letter or a digit."""
-    return bool(re.search(r"[^\W_]", canonical((text or "")[:1000])))
+    return bool(re.search(r"[^\W_]|∅", canonical((text or "")[:1000])))
 
 PREFIX = re.compile(
-    r"\A[\s:=*]*(?:(?:so|thus|hence|therefore|then)[\s,]+)?(?:the |my |our )?"
-    r"(?:(?:final|correct|right|best) )*(?:answer|option|choice)?(?: is\b|\s*[:：])[\s:*]*", re.I)
+    r"\A[\s:=*]*(?:(?:so|thus|hence|therefore|then)[\s,]+)?(?:(?:the |my |our )?"
+    r"(?:(?:final|correct|right|best) )*(?:ans(?:wer)?|option|choice)?"
+    r"(?: (?:is|(?:w|sh)ould be)\b|\s*[:：])[\s:*]*)?", re.I)
 REASON = re.compile(
     r"[\s,;.(]{1,4}(?:because|since|explanation|reason(?:ing)?)\b.*"
-    r"|[,;.(\n]\s?(?:which|where|as|we|this|that|note)\s.*", re.I | re.S)
-BOX = r"\\(?:[fm]?box|boxed|text\w*|math\w+) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
-WRAPPED = re.compile(BOX + r"|\\\((.*)\\\)|\\\[(.*)\\\]|\$([^$]*)\$|\"([^\"]*)\"|'([^']*)'", re.S)
+    r"|[,;.(\n]\s?(?:which|where|as|we|this|that|note)[\s:].*"
+    r"|\sis (?:the )?correct(?: answer| option| choice)?\W*\Z", re.I | re.S)
+BOX = r"\\(?:[fm]?box|boxed|text\w*|math\w+|underline) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
+WRAPPED = re.compile(BOX + r"|\\[(\[](.*)\\[)\]]|\$([^$]*)\$|[\"“]([^\"”]*)[\"”]|'([^']*)'", re.S)
 
 def undecorated(text):
     """An answer without 'the answer is', a reason, bold, dollars, quotes and boxes around it."""
     text = REASON.sub("", replace(INVISIBLE, text[:2000]).strip())
     for _ in range(8):  # layers
-        text = PREFIX.sub("", text).strip(" \t\r\n*`").rstrip(".")
+        text = PREFIX.sub("", text).strip(" \t\r\n*`_").rstrip(".")
         inner = WRAPPED.fullmatch(text)
         if not inner:
             break
@@ -870,8 +873,8 @@ def final_answer(text):
 
 # 'C', '(C)', 'C. 58', 'option C', 'Yes, the bars differ'; not 'A dog', 'A, B', 'A or C'.
 CHOICE = re.compile(
-    r"(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=[.,:;\n]|\Z))[.,:;)]*(?=\s|\Z)"
-    r"(?!(?s:.*)(?:\bor\b|\([a-h]\)|\b(?:yes|no|true|false)\W*\Z))(.*)", re.I | re.S)
+    r"(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=\s?—|[.,:;\n]|\Z))"
+    r"[.,:;)]*(?=[\s—]|\Z)(?!.*(?:\bor\b|\([a-h]\)|\b(?:yes|no|true|false)\W*\Z))(.*)", re.I | re.S)
 SECOND_LETTER = re.compile(r"(?<![°\w])[A-H]\b(?! [a-z])|\b[A-H] and\b")
 
 def split_choice(text):
@@ -881,8 +884,10 @@ def split_choice(text):
         return "", text
     return match[1].lower(), match[2]
 
-NAME = re.compile(r"(?!.*\b(?:not|no|never|\w+n't)\b)(?:(?:m )?angle \d+"
+NAME = re.compile(r"(?!.*\b(?:not?|none|neither|never|cannot|\w+n't)\b)(?:(?:m )?angle \d+"
                   r"|[^\W\d][\w']*(?: [^\W\d][\w']*){0,6}(?: \( [\w' ,]+ \))?)")
+ASIDE = (r"[<>≤≥≠≈,;]|\b(?:and|or|but|so|then|if|when|where|for)\b|\d[a-z]\Z"
+         r"|[\w)%] (?!(?<=π )[rd]\Z)[^\W\d]+\Z")  # 'x = 3 or x = 4', 'x = 3 y = 4'
 VALUE = re.compile(r"(-?)(?:(\d{1,60}) (?=\d+ / ))?(\d{1,60}(?:\.\d{1,60})?(?:e-?\d{1,3})?)"
                    r"(?: / (\d{1,60}(?:\.\d{1,60})?))?")  # bounded: 1e999999999 fills no memory
 
@@ -894,7 +899,8 @@ def split_value(text):
     name, (*sides, value) = "", text.split(" = ")
     if sides and NAME.fullmatch(sides[0]):
         name, *sides = sides
-    if not re.search(r"[\dπ]", value) or re.search(r"[^\W\dπ]|[<>≤≥≠≈]", " ".join(sides)):
+    work = re.sub(r" ~\S+|\b(?:sin|cos|tan|of|angle) ", "", " = ".join(sides))
+    if not re.search(r"[\dπ]", value) or re.search(ASIDE if name else ASIDE + r"|[^\W\dπ]", work):
         name, value = "", text
     value, unit = re.fullmatch(r"(.*?)(?: (%|~\S+))?", value).groups()
     return name, re.sub(r"\A\( ([^(),]*) \)\Z", r"\1", value), unit
@@ -1064,7 +1070,7 @@ def read_row(where, record, folder):
     names = ("image_path", "image", "images")
     images = next((record[name] for name in names if record.get(name)), [])
     images = images if isinstance(images, list) else [images]
-    if not images and any(record[x] and re.search("image|img|pic|photo", x) for x in record):
+    if not images and any(record[x] and re.search("(?i)image|img|pic|photo", x) for x in record):
         raise ValueError("has an image under another name than image_path")
     files = [(folder / str(image)).resolve() for image in images]
     if not all(map(os.path.isfile, files)):
@@ -1087,7 +1093,7 @@ def solution_answer(solution):
     """The answer of a reference: of its sections, <answer>, \\boxed{} or ####, or all of it."""
     if split_sections(solution).order:
         return final_answer(solution)
-    for pattern in (r"<answer>(.*?)</answer>", BOX, r"####(.+)", r"\banswer(?: is\b|\s*[:：])(.+)"):
+    for pattern in (r"<answer>(.*?)<", BOX, "####(.+)", r"\bans(?:wer)?(?: is\b|\s*[:：])(.+)"):
         solution = (re.findall(pattern, solution, re.I | re.S) or [solution])[-1]
     answer = undecorated(solution)
     return answer if has_content(answer) and len(answer) <= 200 and "\n" not in answer else None
