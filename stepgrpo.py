@@ -155,7 +155,7 @@ class Sections(NamedTuple):
 HEADER = re.compile(
     r"^(?P<marks>[ \t#*]*)(?:(?P<description>image +description)|(?P<rationale>rationales?)"
     r"|(?P<reasoning>let['’]s +think +step +by +step)|step *(?P<number>\d{1,4})"
-    r"|(?P<answer>the +final +answer +is(?:\W{0,9}the +final +answer +is)?)|(?<=##))(?!\w)"
+    r"|(?P<answer>the +final +answer +is(?:[^\w'\"]{0,9}the +final +answer +is)?)|(?<=##))(?!\w)"
     r"[ \t]*\**[ \t]*(?:(?P<colon>[:：])|\.(?!\d))?\**", re.IGNORECASE | re.MULTILINE)
 
 def split_sections(text):
@@ -749,13 +749,13 @@ def show(cfg, run, record, batch, texts, scores, advantages):
 
 SIGNS = str.maketrans(
     dict(zip("−–×·⋅∗∙÷∕⁄∆≦⩽≧⩾∼∣⇒’‘′“”", "--*****///δ≤≤≥≥~|→'''\"\""))
-    | {"—": " ; ", "∛": "√[3]", "∞": " infinity "}
+    | {"—": " ; ", "∛": "√[3]", "∞": " infinity ", "∴": " "}
     | dict.fromkeys("∠∡", " angle ") | dict.fromkeys("△▵", " triangle "))
-COMMANDS = {"circ": "°", "degree": "°", "cdot": "*", "infty": "∞", "neq": "≠", "sqrt": "√",
-            "to": "→", "implies": "→", "dots": "...", "ldots": "...", "cdots": "..."}
+COMMANDS = {"circ": "°", "degree": "°", "textdegree": "°", "infty": "∞", "cdot": "*",
+            "neq": "≠", "to": "→", "implies": "→"} | {x + "dots": "..." for x in ("", "l", "c")}
 SPOKEN = {" * ": "times|multiplied by", " / ": "divided by", " + ": "plus", " - ": "minus",
-          " = ": "equals|is equal to|equal to", " √": "sqrt|square root of", " π ": "pi",
-          "°": "degrees?", " % ": "per ?cent"}
+          " = ": r"equals|(?:is )?equal to|is(?= +[-\d√π])", " √": "square root of",
+          " π ": "pi", "°": "degrees?", " % ": "per ?cent", " ^2 ": "squared", " ^3 ": "cubed"}
 # Nothing else is a unit: '4 sin θ' is not 4 of the unit sin θ. The first name stands for all.
 UNITS = {name + s: names[0] for s in ("", "s") for names in map(str.split, """
     m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
@@ -764,12 +764,12 @@ UNITS = {name + s: names[0] for s in ("", "s") for names in map(str.split, """
     $ dollar; cent ¢; € euro; ¥ yen; £; am; pm; unit""".split(";")) for name in names}
 UNIT = rf"(?:{'|'.join(sorted(map(re.escape, UNITS), key=len, reverse=True))})(?: \^ [23])?"
 BRACES = r"(\{[^{}]*\})"
-EDGE = r"(^|[^\w)\]⦄%°'!$€£¥] )"  # nothing, or a sign that opens
+EDGE = r"(^|[^\w)\]⦄%°'!$¢€£¥] )"  # nothing, or a sign that opens
 
 def bracketed(match, i=1):
     """What braces hold: bare if it is one number or one word, else in brackets."""
     text = match[i].strip("{} ")
-    return text if re.fullmatch(r"-?[\d.]+|[^\W\d]\w*|\W?", text) else f"({text})"
+    return f"{text} " if re.fullmatch(r"-?[\d.]+|[^\W\d]\w*|\W?", text) else f"({text})"
 
 def command(match):
     """LaTeX command → sign. HTML's entities have LaTeX's names: \\leq is &leq; is ≤."""
@@ -781,19 +781,20 @@ def replace(rules, text):
         text = re.sub(pattern, new, text)
     return text
 
-INVISIBLE = [
-    (r"&#?\w+;", lambda m: html.unescape(m[0])), (r"</?(?:br|p|b|i) ?/?>", " "),  # &nbsp;
+INVISIBLE = [(r"(?i)</?(?:br|p|b|i|em|strong|answer|conclusion) ?/?>", " "),  # &nbsp;, Ａ is A
+    (r"&#?\w+;", lambda m: html.unescape(m[0])), (r"[！-～]", lambda m: chr(ord(m[0]) - 0xfee0)),
     (r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
      r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]", "")]
 RAW = [*INVISIBLE,  # and what NFKC or lower case would lose
     (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"), (r"[₀-₉]+", r"_\g<0>"),  # x⁴ is x^4, x₁ is x_1
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), ("[º˚]", "°"),  # 2½ is 2 1/2
+    (r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ","),  # a space that parts no line: 1,000
     (r"(?<=[a-z]{2})-(?=[a-z])|(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
 FOLD = [
-    ("<=", "≤"), (">=", "≥"), (r"!=|\\not ?=|<>", "≠"), ("=>", " → "),
+    ("<=", "≤"), (">=", "≥"), (r"!=|=/=|\\not ?=|<>", "≠"), ("=>", " → "), (r"\|\||//", "∥"),
     (r"(?<!\\)\$\$|(?<!\\)\$(?=\S)([^$\n]*?[^\s$\\])?\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
-    (r"\\?([$€£¥]) ?(\d[\d,]*(?:\.\d+)?)", r"\2 \1 "),  # $5 is 5 $
     (r"(?:,?\\[,!] ?|\{,\})(?=\d{3})", ","),  # 1{,}234 is 1,234 is 1234, but not in (1,234)
+    (r"\\?([$€£¥]) ?(-?\d[\d,]*(?:\.\d+)?)", r"\2 \1 "),  # $5 is 5 $
     (r"(?<![\d.,(\[{|<⟨])\d{1,3}(?:,\d{3})+(?!,?\d| ?\\?[)\]}|>⟩r])",
      lambda m: m[0].replace(",", "")),
     (r"\n\s*(?:[-*•][ \t]+)?|\\\\", " ; "),  # a bullet is no minus
@@ -801,16 +802,16 @@ FOLD = [
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"), (r"\*\*+", " "),  # 2**3; bold
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![a-z])", " "),
     (r"\\[,;:!()\[\] ]|(?<=\S)~|`", " "), (r"\\([%$&#_|])", r"\1"),
-    (r"\\\{|\\lbrace(?![a-z])", "⦃"), (r"\\\}|\\rbrace(?![a-z])", "⦄"),
+    (r"\\?sqrt(?![a-z])", " √"), (r"\\\{|\\lbrace(?![a-z])", "⦃"), (r"\\\}|\\rbrace(?![a-z])", "⦄"),
     *4 * [  # from the innermost braces outwards
         (r"\\(?:text|math|[fm]?box|boxed|operatorname)[a-z]* ?\{([^{}]*)\}", r" \1 "),
         (rf"\\[dtc]?frac ?(?:{BRACES}|(\d)) ?(?:{BRACES}|(\d))",
          lambda m: f" {bracketed(m, m[1] and 1 or 2)}/{bracketed(m, m[3] and 3 or 4)}"),
-        (r"(?:(?<=[_^√\]])|(?<=qrt)) ?" + BRACES, bracketed)],
-    (r"\{([^{}]*,[^{}]*)\}", r"⦃\1⦄"), *2 * [(BRACES, bracketed)],  # {1, 2} is a set
+        (r"(?<=[_^√\]]) ?" + BRACES, bracketed)],
+    (r"\{([^{}]*,[^{}]*)\}", r"⦃\1⦄"), *2 * [(BRACES, lambda m: " " + bracketed(m))],  # a set
     (r"\\([a-z]+)", command),
     *((rf"(?<![a-z\\])(?:{words})(?![a-z])", sign) for sign, words in SPOKEN.items()),
-    (r"\^ ?\(? ?([°']) ?\)?", r"\1"), (r"(?<=\w)'s\b", ""),  # 90^{\circ}; the triangle's area
+    (r"\^ ?\(? ?([°']+) ?\)?", r"\1"), (r"(?<=\w)'s\b", ""),  # 90^{\circ}; the triangle's area
     (r"(?<=\d) ?x ?(?=\d)", "*"), (r"(?<=\d) ?: ?(?=\d)", "∶"),  # 3 x 4; 3:4 is a ratio
     (r"(?<=\d) ?\* ?(?=[a-z](?![\w']))", ""),  # 2*x is 2x
     (r"(?<=\d) (?=[b-fi-kn-rt-z](?![\w']))", ""),  # 2 x too, but 5 m has a unit
@@ -819,8 +820,8 @@ FOLD = [
     (r"(?:(?<=[a-z]{2} )-)?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+\b|[a-z](?![\w']))?"
      r"|[^\W\d_][\w']*|[^\s\w]|_", r" \g<0> "), (r"\s+", " "), (r"^ | $", ""),
     (r"(?<![\w.])(?=\.\d)", "0"), (r"(\.\d*?)0+(?!\w)", r"\1"), (r"(?<=\d)\.(?= |$)", ""),  # 3.0
-    (EDGE + r"\( (-? ?√? ?(?:[\d.]+|[^\W\d]\w*)) \)", r"\1\2"),  # (3) is 3, f(3) is not
-    (r"(?<=\d) \( (\d[\d.]*) \)", r" * \1"),  # 7(3) is 7 * 3
+    (EDGE + r"\( ([\d.]+|\w|-? ?√? ?(?:[\d.]+|[^\W\d]\w*)(?= \)(?! [\^!]))) \)", r"\1\2"),
+    (r"(?<=[\d)]) \( (\d[\d.]*) \)", r" * \1"),  # (3) is 3, 7(3) is 7 * 3; f(3), (-3)^2 stay
     (r"(^|[^\w)^√/] )\( ([\w. √]+) \)(?= /)", r"\1\2"),  # (2√3)/5 is 2√3/5
     (EDGE + r"(?:(-)|\+) (?=\d)", r"\1\2"),  # a sign, not a sum
     (r"(?<=[\d)]) \*(?= [α-ω√(°]| (?:sin|cos|tan|log|ln)\b)", ""),  # 3 * sin is 3 sin
@@ -841,22 +842,24 @@ def canonical(text):
 
 def has_content(text):
     """Whether a section or an answer holds a letter or a digit."""
-    return bool(re.search(r"[^\W_]", canonical((text or "")[:1000])))
+    return bool(re.search(r"[^\W_]|∅", canonical((text or "")[:1000])))
 
 PREFIX = re.compile(
-    r"\A[\s:=*]*(?:(?:so|thus|hence|therefore|then)[\s,]+)?(?:the |my |our )?"
-    r"(?:(?:final|correct|right|best) )*(?:answer|option|choice)?(?: is\b|\s*[:：])[\s:*]*", re.I)
+    r"\A[\s:=*]*(?:(?:so|thus|hence|therefore|then|in conclusion|the|my|our)[\s,]+)*(?:"
+    r"(?:(?:final|correct|right|best) )*(?:ans(?:wer)?|option|choice|result|solution)?"
+    r"(?: (?:is(?: equal to)?|(?:w|sh)ould be)\b|[\s*]*[:\n])[\s:*]*)?", re.I)
 REASON = re.compile(
     r"[\s,;.(]{1,4}(?:because|since|explanation|reason(?:ing)?)\b.*"
-    r"|[,;.(\n]\s?(?:which|where|as|we|this|that|note)\s.*", re.I | re.S)
-BOX = r"\\(?:[fm]?box|boxed|text\w*|math\w+) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
-WRAPPED = re.compile(BOX + r"|\\\((.*)\\\)|\\\[(.*)\\\]|\$([^$]*)\$|\"([^\"]*)\"|'([^']*)'", re.S)
+    r"|[,;.(\n]\s?(?:which|where|as|we|this|that|note)[\s:].*"
+    r"|\sis (?:the )?correct(?: answer| option| choice)?\W*\Z", re.I | re.S)
+BOX = r"\\(?:[fm]?box|boxed|text\w*|math\w+|underline|emph) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
+WRAPPED = re.compile(BOX + r"|\\[(\[](.*)\\[)\]]|\$([^$]*)\$|[\"“]([^\"]*)[\"”]|'([^']*)'", re.S)
 
 def undecorated(text):
     """An answer without 'the answer is', a reason, bold, dollars, quotes and boxes around it."""
     text = REASON.sub("", replace(INVISIBLE, text[:2000]).strip())
     for _ in range(8):  # layers
-        text = PREFIX.sub("", text).strip(" \t\r\n*`").rstrip(".")
+        text = PREFIX.sub("", text).strip(" \t\r\n*`_").rstrip(".")
         inner = WRAPPED.fullmatch(text)
         if not inner:
             break
@@ -870,8 +873,8 @@ def final_answer(text):
 
 # 'C', '(C)', 'C. 58', 'option C', 'Yes, the bars differ'; not 'A dog', 'A, B', 'A or C'.
 CHOICE = re.compile(
-    r"(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=[.,:;\n]|\Z))[.,:;)]*(?=\s|\Z)"
-    r"(?!(?s:.*)(?:\bor\b|\([a-h]\)|\b(?:yes|no|true|false)\W*\Z))(.*)", re.I | re.S)
+    r"(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=\s?—|[.,:;\n]|\Z))"
+    r"[.,:;)]*(?=[\s—]|\Z)(?!.*(?:\bor\b|\([a-h]\)|\b(?:yes|no|true|false)\W*\Z))(.*)", re.I | re.S)
 SECOND_LETTER = re.compile(r"(?<![°\w])[A-H]\b(?! [a-z])|\b[A-H] and\b")
 
 def split_choice(text):
@@ -881,8 +884,9 @@ def split_choice(text):
         return "", text
     return match[1].lower(), match[2]
 
-NAME = re.compile(r"(?!.*\b(?:not|no|never|\w+n't)\b)(?:(?:m )?angle \d+"
+NAME = re.compile(r"(?!.*\b(?:no(?:t|ne|thing)?|neither|never|cannot|\w+n't)\b)(?:(?:m )?angle \d+"
                   r"|[^\W\d][\w']*(?: [^\W\d][\w']*){0,6}(?: \( [\w' ,]+ \))?)")
+ASIDE = r"[<>≤≥≠≈,;]|\d[a-z]\Z|[\w)%] (?:[^\W\d]{2,}|(?<!π )[^\W\d]\Z|[^\W\drd]\Z)"  # 3 or x
 VALUE = re.compile(r"(-?)(?:(\d{1,60}) (?=\d+ / ))?(\d{1,60}(?:\.\d{1,60})?(?:e-?\d{1,3})?)"
                    r"(?: / (\d{1,60}(?:\.\d{1,60})?))?")  # bounded: 1e999999999 fills no memory
 
@@ -894,14 +898,16 @@ def split_value(text):
     name, (*sides, value) = "", text.split(" = ")
     if sides and NAME.fullmatch(sides[0]):
         name, *sides = sides
-    if not re.search(r"[\dπ]", value) or re.search(r"[^\W\dπ]|[<>≤≥≠≈]", " ".join(sides)):
+    work = re.sub(r" ~\S+|\b(?:sin|cos|tan|of|angle) ", "", " = ".join(sides))
+    if not re.search(r"[\dπ]", value) or re.search(ASIDE if name else ASIDE + r"|[^\W\dπ]", work):
         name, value = "", text
     value, unit = re.fullmatch(r"(.*?)(?: (%|~\S+))?", value).groups()
     return name, re.sub(r"\A\( ([^(),]*) \)\Z", r"\1", value), unit
 
 def read_number(text):
     """Integer, decimal, fraction, mixed or scientific number → its exact value; else None."""
-    match = VALUE.fullmatch(text.replace(" * 10 ^ ", "e"))
+    match = VALUE.fullmatch(text.replace(" * 10 ^ ", "e").replace(" thousand", "e3")
+                            .replace(" million", "e6").replace(" billion", "e9"))
     if not match or match[4] and not Fraction(match[4]):
         return None
     sign, whole, top, bottom = match.groups()
@@ -954,7 +960,9 @@ def parse_key_steps(value):
 NEGATION = re.compile(r"not?|non|never|without|cannot|neither|nor|≠|\w+n't")
 CLAUSE_ENDS = {*".,;:!?→", "but"}
 TIGHT = {*"*/^√‐_%±∶", "or", *"dozen hundred thousand million billion".split()}  # part of more
-IN_EQUATION = {*"+-°!", *"sin cos tan cot sec csc log ln lg exp lim max min".split()}
+GOES_ON = re.compile(  # as an equation does: a unit, a number, an operator, a variable, a function
+    r"[~\d+°!∪∩-]|-?(?![ai])[^\W\d]\Z|(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|lim"
+    r"|max|min|mod|abs|det|over|twice)\Z").match
 
 def says(step, form):
     """Whether a step states a form, both as canonical tokens.
@@ -963,9 +971,6 @@ def says(step, form):
     longer number, fraction, product or hyphenated word; an equation not as a part of a longer one:
     'y = 2' in 'y = 2x + 1', 'x = 3' in 'log x = 3'.
     """
-    def goes_on(token):  # as an equation does: a number, a variable, a unit, an operator
-        return token in IN_EQUATION or re.match(r"~|-?\d|-?(?![ai])[^\W\d]\Z", token)
-
     padded, size, equation = ["", *step, "", ""], len(form), {*"=<>≤≥≈"} & {*form}
     denial = any(map(NEGATION.fullmatch, form))
     for i in range(len(step) - size + 1):
@@ -973,8 +978,8 @@ def says(step, form):
             before, (after, beyond) = padded[i], padded[i + size + 1:i + size + 3]
             clause = takewhile(lambda word: word not in CLAUSE_ENDS, step[max(0, i - 3):i][::-1])
             negated = not denial and any(map(NEGATION.fullmatch, clause))
-            longer = equation and (before == ")" or goes_on(before) or goes_on(after)
-                                   or after == "(" and goes_on(beyond))
+            longer = equation and (before == ")" or GOES_ON(before) or GOES_ON(after)
+                                   or after in {*"([|"} and GOES_ON(beyond))
             if not negated and not longer and not {before, after} & TIGHT:
                 return True
     return False
@@ -985,9 +990,9 @@ def stated_key_steps(text, groups):
     In an equation units may be left out on either side: '180° - 57° = 123°'.
     """
     def states(step, form):
-        pairs = [(step, form)]
-        if "=" in form:
-            pairs += [(re.sub(r" ~\S+", "", step), form), (step, re.sub(r" ~\S+", "", form))]
+        s, f = (re.sub(r" ~\S+", "", x) if "=" in form else x for x in (step, form))
+        same = {*step.split()} & {*re.findall(r"~\S+", form)}  # not 5 cm for 5 m
+        pairs = {(step, form), (s, form), (step, f), (s, f if same else form)}
         return any(says(s.split(), f.split()) for s, f in pairs)
 
     steps = split_sections(text[:6000]).steps  # a hostile text costs bounded time
@@ -1061,10 +1066,10 @@ def read_row(where, record, folder):
         solution = str(solution)
     if not isinstance(problem, str) or not isinstance(solution, str):
         raise ValueError("has no problem and solution that are text")
-    names = ("image_path", "image", "images")
-    images = next((record[name] for name in names if record.get(name)), [])
+    images = next((record[x] for x in ("image_path", "image", "images") if record.get(x)), [])
     images = images if isinstance(images, list) else [images]
-    if not images and any(record[x] and re.search("image|img|pic|photo", x) for x in record):
+    image = r"(?i)(?:image|img|pic|photo)\S*\Z|\.(?:png|jpe?g|gif|webp|bmp)\W* \S*\Z"
+    if not images and any(record[x] and re.search(image, f"{record[x]} {x}") for x in record):
         raise ValueError("has an image under another name than image_path")
     files = [(folder / str(image)).resolve() for image in images]
     if not all(map(os.path.isfile, files)):
@@ -1087,7 +1092,7 @@ def solution_answer(solution):
     """The answer of a reference: of its sections, <answer>, \\boxed{} or ####, or all of it."""
     if split_sections(solution).order:
         return final_answer(solution)
-    for pattern in (r"<answer>(.*?)</answer>", BOX, r"####(.+)", r"\banswer(?: is\b|\s*[:：])(.+)"):
+    for pattern in (r"<answer>(.*?)<", BOX, "####(.+)", r"\bans(?:wer)?(?: is\b|[\s*]*[:：])(.+)"):
         solution = (re.findall(pattern, solution, re.I | re.S) or [solution])[-1]
     answer = undecorated(solution)
     return answer if has_content(answer) and len(answer) <= 200 and "\n" not in answer else None

@@ -409,7 +409,10 @@ SAME = cases(r"""
     5 square centimeters → 5 cm²; 5 cubic feet → 5 ft^3
     \frac{\sqrt{30}}{2} → √30/2; y=-2 x+5 → $y = -2x + 5$; x >= 3 → x ≥ 3; x \ne 3 → x != 3
     \angle ABC → ∠ABC; \theta → θ; AB \perp CD → AB ⊥ CD; x⁴ → x^4; \odot O → ⊙O; yes → Yes.
-    Saint Bernard → saint  bernard; 5 million → 5 Million; Yes, the bars differ → yes
+    Saint Bernard → saint  bernard; 5 million → 5000000; Yes, the bars differ → yes; Ｂ → B
+    \sqrt{x}y → √x y; AB // CD → AB \parallel CD; A^{\prime\prime} → A''; 5 cm squared → 5 cm²
+    C = 2πr = 10π → 10\pi; 3 cm × 4 cm = 12 cm² → 12; 20% of 100 = 20 → 20; ∠A = ∠B = 40° → 40
+    The radius is 5 → 5; “Yes” → yes; 1 000 → 1000; Yes—they do → yes; <answer>7</answer> → 7
     """ + "5\u200b → 5; cafe\u0301 → caf\xe9")
 DIFFERENT = cases(r"""
     C: 123 → C: 124; C: 123 → D: 123; A dog → A; A, B → A; A or C → A; (A) 5 (B) 6 → A
@@ -419,6 +422,9 @@ DIFFERENT = cases(r"""
     5 is wrong → 5; 4 → 40; 1,2,3 → 123; 1,2 → 12; \{100,200\} → 100200; x = 3 → y = 3
     y → y = -3; x >= 3 → 3; x != 3 → 3; x + y = 5 → 5; 2x = 6 → 6; x^2 = 9 → 9; AB = CD → CD
     21/2 → 2\frac12; 2(3) → 23; 9**9**9 → 9; 50% → 0.05; \frac{1}{2x} → \frac{1}{2}x; 0.5% → 50
+    (ab)^2 → ab^2; (-3)^2 → -3^2; \sqrt{a}b → \sqrt{ab}; \frac{1}{a}b → \frac{1}{ab}; x=/=0 → 0
+    \sqrt{3}2 → \sqrt{32}; x^{2}3 → x^{23}; x = 3 \quad y = 4 → 4; x = 3 or y + 2 = 4 → 4
+    x = 2π y = 4 → 4; Nothing is 7 → 7; B is correct and C is correct → B; \vec{a}b → \vec{ab}
     5 square m → 5 m; 1e999999999 → 1e999999998; -2√3 → 2√3; __import__('os') → A; 5/4 → 4/5""")
 DIFFERENT += [("", ""), (" ", " "), ("", "4"), (None, "4"), (None, None)]
 
@@ -494,7 +500,9 @@ MATCH = cases(r"""
     not small, but a right triangle → right triangle; the triangle's area → triangle
     180 - 57 = 123 → 180° - 57° = 123°; 3 km + 4 km = 7 km → 3 + 4 = 7; x = 5 cm → x = 5
     m\angle 4 = 57^{\circ} → m∠4 = 57°; In \triangle ABC → △ABC
-    x = 3 (given) → x = 3; $5 + $3 = $8 → 5 + 3 = 8; 5 minutes later → 5 min""")
+    x = 3 (given) → x = 3; $5 + $3 = $8 → 5 + 3 = 8; 5 minutes later → 5 min
+    8 × 3 = 24 cm² → 8 cm × 3 cm = 24 cm²; ½(6)(4) = 12 → 1/2 × 6 × 4 = 12; x is 3. → x = 3
+    6 divided by 3 is 2 → 6/3 = 2; 9¢ - 4¢ = 5¢ → 9 - 4 = 5; x squared is 9 → x² = 9""")
 MATCH += [("- x = 3\n- y = 4", form) for form in ("x=3", "y=4")]
 MISS = cases(r"""
     13 → 3; 3.5 → 3; 1,300 → 3; 1,300 → 300; x = -3 → 3; x = - 3 → 3; is -3 → 3; 17 - 3 = 4 → 7-3=4
@@ -507,7 +515,8 @@ MISS = cases(r"""
     x = 3 million → x = 3; x = 3 : 4 → x = 3; sin x = 0.5 → x = 0.5; 1/3 cups → 3 cups
     10^3 objects → 3 objects; x < 3/4 → x < 3; co-interior angles → interior angles
     a non-right triangle → right triangle; x = 5 m → x = 5 cm; 6 objects or 7 objects → 6 objects
-    6 objects or 7 objects → 7 objects""") + [("", "3")]
+    6 objects or 7 objects → 7 objects; x = 3 squared → x = 3; arcsin x = 1 → x = 1
+    A ∪ B = 3 → B = 3; y = 2|x| → y = 2; y = 2[x] → y = 2; x = 2 mod 3 → x = 2""") + [("", "3")]
 
 @pytest.mark.parametrize("step, form, found", [
     *[(*case, 1.0) for case in MATCH], *[(*case, 0.0) for case in MISS]])
@@ -1647,7 +1656,8 @@ BAD = {
     "turns": CHAT | {"messages": CHAT["messages"] * 2},
     "system": CHAT | {"messages": [{"role": "system", "content": "Be brief."}, *CHAT["messages"]]},
     "null turn": {"messages": [None, CHAT["messages"][1]]}, "null text": chat(None),
-    "other name": ask_four(picture="a.png"), "emoji": ask_four(problem="How \ud83d?"),
+    "other name": ask_four(picture="a.png"), "no name": ask_four(figure=["a.png"]),
+    "emoji": ask_four(problem="How \ud83d?"),
     "key steps": R1 | {"key_steps": [["x = 3"], [5]]}}
 
 @pytest.mark.parametrize("name", BAD)
