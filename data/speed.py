@@ -21,9 +21,8 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import stepgrpo as sg
 
@@ -62,10 +61,8 @@ def print_row(name, Q, G, cells, C, seconds, tokens=0, note=""):
     print(f"{name:20}{Q:4}{G:4}{cells[0] * cells[1]:7}{C:6}{ours:>10}{usual:>10}"
           f"{seconds[1] / seconds[0]:7.1f}×{note}")
 
-# ─── Rollout and update ───────────────────────────────────────────────────────────────────────────
-
 def noise_prompt(processor, cells):
-    image = Image.effect_noise((28 * cells[0], 28 * cells[1]), 80).convert("RGB")
+    image = sg.Image.effect_noise((28 * cells[0], 28 * cells[1]), 80).convert("RGB")
     return processor.prompt("Subtract all red objects. How many objects are left?", [image])
 
 def inputs_of(model, prompts, ids):
@@ -91,9 +88,7 @@ def race_update(model, processor, G, C=256):
     token, as the official trainer does it. The gradients are compared too."""
     prompt, allowed = noise_prompt(processor, LARGE), (~processor.banned).nonzero()[:, 0]
     own = allowed[torch.randint(len(allowed), (G, C))]  # (G, C)
-    ids = torch.cat([prompt.ids.expand(G, -1), own], 1)  # (G, N)
-    inputs = inputs_of(model, [prompt] * G, ids)
-    banned, targets = processor.banned.to(model.device), inputs["input_ids"][:, 1:, None]
+    inputs = inputs_of(model, [prompt] * G, torch.cat([prompt.ids.expand(G, -1), own], 1))
     advantages = torch.linspace(-1, 1, G, device=model.device)[:, None]  # (G, 1)
     gradients = {}
 
@@ -102,19 +97,18 @@ def race_update(model, processor, G, C=256):
 
     def usual():
         logits = model(**inputs, use_cache=False).logits[:, :-1]  # (G, N - 1, V)
-        logps = sg.tempered_logps(logits, 1.0, banned).gather(2, targets)  # (G, N - 1, 1)
-        return logps[:, -C:, 0]  # (G, C)
+        logps = sg.tempered_logps(logits, 1.0, processor.banned.to(model.device))
+        return logps.gather(2, inputs["input_ids"][:, 1:, None])[:, -C:, 0]  # (G, C)
 
     def update(logps_of):
         model.zero_grad()
         (advantages * logps_of()).mean().backward()
-        gradients[logps_of] = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients[logps_of] = torch.cat([p.grad.flatten() for p in model.parameters()])
 
     model.train()
     seconds = race(model, lambda: update(ours), lambda: update(usual))
-    gaps = [a - b for a, b in zip(gradients[ours], gradients[usual])]
-    gap, norm = map(torch.nn.utils.get_total_norm, (gaps, gradients[usual]))
-    print_row("update, s", 1, G, LARGE, C, seconds, note=f"  gradients differ by {gap / norm:.0e}")
+    gap = (gradients[ours] - gradients[usual]).norm() / gradients[usual].norm()
+    print_row("update, s", 1, G, LARGE, C, seconds, note=f"  gradients differ by {gap:.0e}")
 
 # ─── Memory of the 2B shape, counted ──────────────────────────────────────────────────────────────
 
@@ -127,8 +121,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tensors = (x for x in tree_leaves(result) if isinstance(x, torch.Tensor))
-        self.alive.update(x.untyped_storage() for x in tensors)
+        tree_map_only(torch.Tensor, lambda x: self.alive.add(x.untyped_storage()), result)
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
         return result
 
@@ -137,8 +130,7 @@ def efficient_attention(q, k, v, **masking):
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
 
 def count_2b(Q, G, C, P, patches):
-    """Prints the memory of a run of the 2B shape, micro-batch 1, gradient checkpointing. It is
-    counted on the meta device, whose tensors have sizes but no contents."""
+    """Memory of a run of the 2B shape, counted on tensors that have sizes but no contents."""
     model, processor = build("2B", torch.device("meta"), torch.bfloat16)
     prompts = [sg.Prompt(torch.zeros(P).long(), torch.arange(P).expand(3, P), None, None)] * Q
     decoder = sg.Decoder(model, processor, prompts, torch.rand(Q, G, C), 1.2)
@@ -170,10 +162,9 @@ def stretched(cells):
 def our_updates(model, processor, rows, cfg):
     """Updates of `train` → median seconds, mean length of a completion."""
     reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = sg.MasterAdamW(model, cfg.offload_optimizer)
     run = mock.Mock(step=0)  # saves nothing
     with mock.patch.object(sg, "show"):
-        sg.train(cfg, run, model, reference, processor, rows, optimizer)
+        sg.train(cfg, run, model, reference, processor, rows, sg.MasterAdamW(model))
     records = [call.args[1] for call in run.log.call_args_list]
     seconds = [record["seconds"] for record in records]
     return median(seconds[1:]), fmean(record["length"] for record in records)
@@ -182,13 +173,11 @@ def trl_updates(checkpoint, rows, cfg):
     """The same in TRL's GRPOTrainer, with our checkpoint and rewards, and the paper's loss."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
-    template = ("{% for m in messages %}{% if m.role != 'system' %}" + sg.BEFORE +
-                "{% for p in m.content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|>"
-                "<|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
-                "{% endfor %}" + sg.AFTER)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = template = (
+        "{% for m in messages %}{% if m.role != 'system' %}" + sg.BEFORE +
+        "{% for p in m.content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|>"
+        "<|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}" + sg.AFTER)
     processor = transformers.Qwen2VLProcessor(
         transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor(),
         chat_template=template)
@@ -221,8 +210,7 @@ def trl_updates(checkpoint, rows, cfg):
     return median(times[1:]), fmean(lengths)
 
 def beside_trl(checkpoint):
-    # torchvision, which Qwen2VLProcessor wants, has no CPU build for every torch. Its compiled
-    # operators are not used here, but it asks for their names.
+    # Qwen2VLProcessor wants torchvision, whose compiled operators serve here by name only.
     for name in ("nms qnms roi_align _roi_align_backward ps_roi_align _ps_roi_align_backward "
                  "roi_pool _roi_pool_backward ps_roi_pool _ps_roi_pool_backward qroi_align "
                  "deform_conv2d _deform_conv2d_backward").split():
@@ -237,7 +225,7 @@ def beside_trl(checkpoint):
             ours = our_updates(model, processor, rows, cfg)
             theirs = trl_updates(str(Path(checkpoint) / "checkpoint"), rows, cfg)
         seconds, lengths = zip(ours, theirs)
-        print_row(f"as TRL {trl.__version__}, s", Q, G, cells, cfg.max_new_tokens, seconds,
+        print_row(f"update, TRL {trl.__version__}", Q, G, cells, cfg.max_new_tokens, seconds,
                   note=f"  mean length {lengths[0]:.0f}, {lengths[1]:.0f}")
 
 def main():
@@ -246,27 +234,21 @@ def main():
     parser.add_argument("--trl", metavar="RUN", help="run folder to go on with, here and in TRL")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
     device, size, dtype, name = sg.pick_device("auto"), "tiny", torch.float32, "CPU"
     if device.type == "cuda":
         size, dtype, name = "2B", torch.bfloat16, torch.cuda.get_device_name()
     model, processor = build(size, device, dtype)
-    print(f"{size} model in {dtype}; {name}, {torch.get_num_threads()} threads; torch "
-          f"{torch.__version__}, transformers {transformers.__version__}")
+    print(f"{size} on {name}, torch {torch.__version__}, transformers {transformers.__version__}")
     if args.updates:
-        settings = {**(sg.TINY if size == "tiny" else {}), "instruction": False}
-        cfg = sg.Config(**settings | {"steps": args.updates + 1})
+        cfg = sg.Config(instruction=False, steps=args.updates + 1)
         with stretched(LARGE):
             seconds, _ = our_updates(model, processor, sg.read_rows("shapes")[0], cfg)
-        print(f"whole update {seconds:.2f} s: Q {cfg.questions}, G {cfg.group_size}, "
-              f"C {cfg.max_new_tokens}; GPU memory, at most: "
-              f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        print(f"whole update, default settings: {seconds:.2f} s, peak of GPU memory {peak:.1f} GB")
         return
     print(f"\n{'':20}   Q   G  image     C      ours     usual   ratio")
     if args.trl:
-        beside_trl(args.trl)
-        return
+        return beside_trl(args.trl)
     for cells in (SMALL, LARGE):
         for C in (96, 192):
             race_rollout(model, processor, cells, C)
