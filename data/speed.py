@@ -89,8 +89,7 @@ def race_update(model, processor, G, C=256):
     prompt, allowed = noise_prompt(processor, LARGE), (~processor.banned).nonzero()[:, 0]
     own = allowed[torch.randint(len(allowed), (G, C))]  # (G, C)
     inputs = inputs_of(model, [prompt] * G, torch.cat([prompt.ids.expand(G, -1), own], 1))
-    advantages = torch.linspace(-1, 1, G, device=model.device)[:, None]  # (G, 1)
-    gradients = {}
+    advantages, gradients = torch.linspace(-1, 1, G, device=model.device)[:, None], {}  # (G, 1)
 
     def ours():
         return sg.completion_logps(model, processor, [prompt], [[*own]])[0][0]  # (G, C)
@@ -175,9 +174,9 @@ def trl_updates(checkpoint, rows, cfg):
     from trl import GRPOConfig, GRPOTrainer
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     tokenizer.chat_template = template = (
-        "{% for m in messages %}{% if m.role != 'system' %}" + sg.BEFORE +
-        "{% for p in m.content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|>"
-        "<|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}" + sg.AFTER)
+        "{% for m in messages if m.role != 'system' %}" + sg.BEFORE + "{% for p in m.content %}"
+        "{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}" + sg.AFTER)
     processor = transformers.Qwen2VLProcessor(
         transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor(),
         chat_template=template)
@@ -237,8 +236,12 @@ def main():
     device, size, dtype, name = sg.pick_device("auto"), "tiny", torch.float32, "CPU"
     if device.type == "cuda":
         size, dtype, name = "2B", torch.bfloat16, torch.cuda.get_device_name()
-    model, processor = build(size, device, dtype)
     print(f"{size} on {name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    if not args.updates:
+        print(f"\n{'':20}   Q   G  image     C      ours     usual   ratio")
+    if args.trl:
+        return beside_trl(args.trl)
+    model, processor = build(size, device, dtype)
     if args.updates:
         cfg = sg.Config(instruction=False, steps=args.updates + 1)
         with stretched(LARGE):
@@ -246,9 +249,6 @@ def main():
         peak = torch.cuda.max_memory_allocated() / 1e9
         print(f"whole update, default settings: {seconds:.2f} s, peak of GPU memory {peak:.1f} GB")
         return
-    print(f"\n{'':20}   Q   G  image     C      ours     usual   ratio")
-    if args.trl:
-        return beside_trl(args.trl)
     for cells in (SMALL, LARGE):
         for C in (96, 192):
             race_rollout(model, processor, cells, C)
