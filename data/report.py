@@ -6,13 +6,13 @@
 The page is made from config.json, metrics.jsonl and samples.jsonl. It has no scripts, and needs
 neither the network nor the run folder. Text of model and data becomes HTML only through `esc`.
 """
-import base64
 import io
 import json
 import math
 import re
 import sys
 import time
+from base64 import b64encode
 from html import escape as esc
 from pathlib import Path
 from statistics import fmean
@@ -20,18 +20,15 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stepgrpo import Config, UserError, earned_key_steps, final_answer, load_image, split_sections
 
-# At most so many points of a curve, and groups on the page.
-POINTS, GROUPS = 200, 24
+POINTS, GROUPS = 200, 24  # at most: points of a curve, groups on the page
 # Scores and their short names, as the training prints them.
 SCORES = {"right": "right", "step_accuracy": "StepRAR", "step_validity": "StepRVR", "k": "k"}
 
 # ─── Logs ─────────────────────────────────────────────────────────────────────────────────────────
 
 def read_log(file):
-    """Records of a .jsonl file; none without a file. UserError names a line that is no record.
-
-    What stands behind the last newline was torn when the process was killed. It is left out.
-    """
+    """Records of a .jsonl file; none without a file. UserError names a line that is no record. What
+    stands behind the last newline was torn by a kill, and is left out."""
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     for number, line in enumerate(lines, 1):
         try:
@@ -82,10 +79,7 @@ def render_evaluations(evaluations):
     return tag("table", rows)
 
 def thinned(points):
-    """(x, y) in any number → xs, ys, moving averages: at most POINTS of each.
-
-    Neighbours are put together by their mean. The moving average takes a tenth of the curve.
-    """
+    """(x, y) in any number → xs, ys, averages over a tenth of the curve: at most POINTS of each."""
     size = math.ceil(len(points) / POINTS)
     parts = [points[i:i + size] for i in range(0, len(points), size)]
     xs, ys = zip(*[map(fmean, zip(*part)) for part in parts])
@@ -94,10 +88,8 @@ def thinned(points):
     return xs, ys, tuple(means)
 
 def curve(title, caption, records, names, top=None, log=False):
-    """A small figure, '' without data. The y axis ends at `top`, or where the averages show well.
-
-    No value is negative. On a log axis y is an exponent of ten.
-    """
+    """A small figure, '' without data. The y axis begins at 0 and ends at `top`, or where the
+    averages show well. On a log axis y is an exponent of ten."""
     lines, legend, svg = {}, "", ""
     for name in names:
         points = [(r["step"], math.log10(r[name] + 1e-9) if log else r[name])
@@ -117,18 +109,15 @@ def curve(title, caption, records, names, top=None, log=False):
         y = min(y, high)
         return f"{36 + 276 * (x - left) / width:.1f},{124 - 114 * (y - low) / height:.1f}"
 
-    def label(kind, x, y, number):
-        return tag(f"text class={kind} transform=translate({at(x, y)})", number)
-
     def polyline(kind, xs, ys):
         return tag(f"polyline class={kind} points='{' '.join(map(at, xs, ys))}'")
 
     for share in (0, 0.5, 1):
         x, y = left + share * width, low + share * height
         svg += polyline("line", (left, right), (y, y))
-        svg += label("x", x, low, f"{x:.0f}")
-        svg += label("y", left, y, f"{10 ** y if log else y:.3g}")
-    # Blue, orange, and the colour of the text.
+        number = 10 ** y if log else y
+        svg += tag(f"text class=x transform=translate({at(x, low)})", f"{x:.0f}")
+        svg += tag(f"text class=y transform=translate({at(left, y)})", f"{number:.3g}")
     for kind, (name, (xs, ys, means)) in zip(("pos", "neg", "ink"), lines.items()):
         svg += tag(f"g class={kind}", polyline("raw", xs, ys), polyline("mean", xs, means))
         legend += chip(f"{name} {10 ** means[-1] if log else means[-1]:.3g}", kind)
@@ -158,15 +147,11 @@ def render_curves(cfg, warmup, updates):
 
 # ─── Completions ──────────────────────────────────────────────────────────────────────────────────
 
-# What a mark never cuts in two.
-PIECE = re.compile(r"\d+(?:[.,]\d+)*|\\[a-zA-Z]+|\w+|\S")
+PIECE = re.compile(r"\d+(?:[.,]\d+)*|\\[a-zA-Z]+|\w+|\S")  # is never cut in two by a mark
 
 def find_span(step, forms):
-    """Where a step first states one of the forms: the shortest (start, end), or None.
-
-    The reward's own matching judges longer and longer beginnings of the step. The next five pieces
-    must not undo it, as '/ 2' undoes '7 - 3 = 4'.
-    """
+    """Where a step first states one of the forms, judged by the reward's own matching: the shortest
+    (start, end), or None. The next five pieces must not undo it, as '/ 2' undoes '7 - 3 = 4'."""
     def states(text):
         return earned_key_steps(f"### Step 1: {text}", [forms]) == [0]
     # Not more than 150: a step that rambles costs bounded time.
@@ -219,8 +204,7 @@ def render_notes(completion, missed):
         order = ", ".join(split_sections(text).order) or "no section"
         notes.append("StepRVR 0: it pays for description, rationale, steps 1, 2 …, answer, none "
                      f"empty. Here: {order}")
-        raw = tag("p class=text", esc(text))
-        notes.append(tag("details", "<summary>as sampled</summary>", raw))
+        notes += [tag("details", "<summary>as sampled</summary>", tag("p class=text", esc(text)))]
     return "".join(tag("div class=note", note) for note in notes)
 
 def render_completion(completion, copies, group):
@@ -228,14 +212,13 @@ def render_completion(completion, copies, group):
     keys = list(zip(group["key_steps"], completion["earned"]))
     missed = [forms[0] for forms, by in keys if by is None]
     right, A = completion["right"], completion["advantage"]
-    head = tag("b", f"{completion['reward']:.2f}")
-    head += chip(f"right {right:.0f}")
+    head = tag("b", f"{completion['reward']:.2f}") + chip(f"right {right:.0f}")
     head += chip(f"key steps {len(keys) - len(missed)}/{len(keys)}: "
                  f"{completion['step_accuracy'] - right:.2f}")
     head += chip(f"StepRVR {completion['step_validity']:.0f}")
     head += chip(f"{copies} alike") * (copies > 1)
-    bar = coloured(A, "▬" * round(6 * abs(A)) + f" {A:+.2f}")
-    return tag("article", head, tag("div", "advantage ", bar),
+    bar = "▬" * round(6 * abs(A)) + f" {A:+.2f}"
+    return tag("article", head, tag("div", "advantage ", coloured(A, bar)),
                render_sections(completion, group), render_notes(completion, missed))
 
 def render_image(file):
@@ -247,8 +230,7 @@ def render_image(file):
     image.thumbnail((480, 960))
     data = io.BytesIO()
     image.save(data, "WEBP", quality=90)
-    code = base64.b64encode(data.getvalue()).decode()
-    return f"<img alt=image src=data:image/webp;base64,{code}>"
+    return f"<img alt=image src=data:image/webp;base64,{b64encode(data.getvalue()).decode()}>"
 
 def render_group(group, is_open):
     """A question and its completions, the best first; equal ones share a card."""
@@ -256,7 +238,6 @@ def render_group(group, is_open):
     keys, G, items, cards = group["key_steps"], len(completions), "", {}
     texts = [c["text"] for c in completions]
     for c in completions:
-        # The step that earns each key step, as in the reward.
         c["earned"] = keys and earned_key_steps(c["text"], keys, group["reference"])
         if c["text"] not in cards:
             cards[c["text"]] = render_completion(c, texts.count(c["text"]), group)
@@ -335,8 +316,7 @@ than {POINTS}. Dark: a moving average; the number is its end.</p>
 """
 
 def write_report(folder):
-    """Writes report.html into a run folder → its path. Whoever reads it finds a whole page."""
-    # A crash leaves the old page.
+    """Writes report.html into a run folder → its path. A crash leaves the old page, and whole."""
     new = Path(folder, "report.html.new")
     new.write_text(render(new.parent), encoding="utf-8", errors="replace")
     return new.replace(new.with_suffix(""))
