@@ -14,9 +14,10 @@ import sys
 import tempfile
 import time
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
-from unittest import mock
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -43,6 +44,16 @@ def build(size, device, dtype):
         processor = sg.Processor(processor.tokenizer, processor.image_processor, model)
     processor.banned[processor.eos] = True
     return model.to(device, dtype).eval(), processor
+
+@contextmanager
+def replaced(module, name, new):
+    """Inside it `new` stands for a function of a module."""
+    old = getattr(module, name)
+    setattr(module, name, new)
+    try:
+        yield
+    finally:
+        setattr(module, name, old)
 
 def race(model, ours, usual):
     """Median seconds of two calls."""
@@ -135,7 +146,7 @@ def count_2b(Q, G, C, P, patches):
     decoder = sg.Decoder(model, processor, prompts, torch.rand(Q, G, C), 1.2)
     cache = sum(x.nbytes for x in tree_leaves([decoder.prompt_cache, decoder.own_cache]))
     torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True  # all have C tokens
-    with (mock.patch("torch.nn.functional.scaled_dot_product_attention", efficient_attention),
+    with (replaced(torch.nn.functional, "scaled_dot_product_attention", efficient_attention),
           PeakMemory(model.train()) as memory):
         own = [[torch.zeros(C).long()] * G]
         sg.completion_logps(model, processor, prompts[:1], own)[0].sum().backward()
@@ -156,15 +167,16 @@ def count_2b(Q, G, C, P, patches):
 def stretched(cells):
     """Inside it all images are stretched to so many cells."""
     load, size = sg.load_image, (28 * cells[0], 28 * cells[1])
-    return mock.patch.object(sg, "load_image", lambda file: load(file).resize(size))
+    return replaced(sg, "load_image", lambda file: load(file).resize(size))
 
 def our_updates(model, processor, rows, cfg):
     """Updates of `train` → median seconds, mean length of a completion."""
     reference = copy.deepcopy(model).requires_grad_(False)
-    run = mock.Mock(step=0)  # saves nothing
-    with mock.patch.object(sg, "show"):
+    records = []
+    run = SimpleNamespace(step=0, log=lambda name, record: records.append(record),
+                          end_update=lambda *args: None)
+    with replaced(sg, "show", lambda *args: None):
         sg.train(cfg, run, model, reference, processor, rows, sg.MasterAdamW(model))
-    records = [call.args[1] for call in run.log.call_args_list]
     seconds = [record["seconds"] for record in records]
     return median(seconds[1:]), fmean(record["length"] for record in records)
 
