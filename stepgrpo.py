@@ -48,7 +48,6 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from itertools import takewhile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal, NamedTuple
 
 import torch
@@ -318,12 +317,10 @@ class Processor:
         if text.count("<image>") != len(images):
             text = "<image>" * len(images) + text
         ids = [*self.text_ids(BEFORE, layout=True)]
-        for part, size in zip(text.split("<image>", len(images)), [*sizes, 0]):
-            ids += self.text_ids(part)
-            if size:
-                image = "<|vision_start|>" + "<|image_pad|>" * size + "<|vision_end|>"
-                ids += self.text_ids(image, layout=True)
-        ids = torch.tensor([*ids, *self.text_ids(AFTER, layout=True)])
+        signs = ["<|vision_start|>" + "<|image_pad|>" * size + "<|vision_end|>" for size in sizes]
+        for part, after in zip(text.split("<image>", len(images)), [*signs, AFTER]):
+            ids += self.text_ids(part) + self.text_ids(after, layout=True)
+        ids = torch.tensor(ids)
         # An image of t × h × w tokens spans a box of positions, and the text goes on after its
         # longest side: 100 image tokens may advance the position by 10.
         is_image = (ids == self.image_token).int()
@@ -613,11 +610,11 @@ def warm_up(cfg, run, policy, processor, rows, optimizer):
         record = {"loss": loss_sum, "grad_norm": optimizer.step(lr), "lr": lr}
         run.log("metrics.jsonl", {"phase": "warm-up", "step": step + 1, **record})
         bar.set_postfix(loss=f"{loss_sum:.3f}")
-        run.end_update(step + 1, policy, processor, optimizer)
+        run.end_update(policy, processor, optimizer)
 
 def train(cfg, run, policy, reference, processor, rows, optimizer):
     """The StepGRPO loop: sample, score, compare, update, log, save."""
-    Q, first = cfg.questions, run.step
+    Q, first = cfg.questions, run.step - cfg.warmup_steps
     policy.train()
     for step in range(first, cfg.steps):
         began = time.perf_counter()
@@ -667,7 +664,7 @@ def train(cfg, run, policy, reference, processor, rows, optimizer):
                   "seconds": time.perf_counter() - began}
         run.log("metrics.jsonl", record)
         show(cfg, run, record, batch, sampled.texts, scores, advantages)
-        run.end_update(step + 1, policy, processor, optimizer)
+        run.end_update(policy, processor, optimizer)
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════
 #     Details: called by name above. Skip them at first reading.
@@ -675,21 +672,20 @@ def train(cfg, run, policy, reference, processor, rows, optimizer):
 
 # ─── 7. Scores, batches, output ───────────────────────────────────────────────────────────────────
 
-SCORES = ("reward", "right", "step_accuracy", "step_validity", "k")
-
 def score(text, row, cfg):
-    """All SCORES of a completion. `reward`, chosen by --reward, is what the policy learns from."""
-    right, validity = float(same_answer(final_answer(text), row.answer)), step_validity_reward(text)
+    """All scores of a completion. `reward`, chosen by --reward, is what the policy learns from."""
+    right = float(same_answer(final_answer(text), row.answer))
+    validity = step_validity_reward(text)
     accuracy, k = right, 0.0
     if row.key_steps:
         k = match_key_steps(text, row.key_steps, row.reference)
         accuracy = step_accuracy_reward(text, row.answer, row.key_steps, cfg.alpha, row.reference)
     reward = {"step": accuracy + validity, "outcome": right,
               "accuracy": accuracy, "validity": validity}[cfg.reward]
-    return dict(zip(SCORES, (reward, right, accuracy, validity, k)))
+    return dict(reward=reward, right=right, step_accuracy=accuracy, step_validity=validity, k=k)
 
 def mean_scores(scores):
-    return {name: sum(s[name] for s in scores) / len(scores) for name in SCORES}
+    return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
 
 def summarize(scores, rewards, ids, eos):
     """Means over the completions of an update, as they were sampled."""
@@ -723,8 +719,7 @@ def shuffled(size, seed, epoch):
     return random.Random(f"{seed} {epoch}").sample(range(size), size)
 
 def show(cfg, run, record, batch, texts, scores, advantages):
-    """A line per update. Every so often the group whose rewards differ most is logged, and its best
-    and its worst completion are printed."""
+    """A line per update; at times, of the group whose rewards differ most, best and worst."""
     tqdm.write("update {step:5d}/{of}  reward {reward:.3f}  right {right:.2f}  k {k:.2f}  "
                "valid {step_validity:.2f}  KL {kl:.4f}  len {length:3.0f}  flat {flat_groups}  "
                "{seconds:.1f}s".format(of=cfg.steps, **record))
@@ -733,9 +728,8 @@ def show(cfg, run, record, batch, texts, scores, advantages):
     hours = record["seconds"] * (cfg.steps - record["step"]) / 3600
     spread = [max(s["reward"] for s in group) - min(s["reward"] for s in group) for group in scores]
     q = spread.index(max(spread))
-    row = batch[q]._replace(images=list(map(str, batch[q].images)))
-    group = [{"text": text, **s, "advantage": A}
-             for text, s, A in zip(texts[q], scores[q], advantages[q].tolist())]
+    row, A = batch[q], advantages[q].tolist()
+    group = [{"text": text, **s, "advantage": a} for text, s, a in zip(texts[q], scores[q], A)]
     run.log("samples.jsonl", {"step": record["step"], **row._asdict(), "completions": group})
     tqdm.write(f"about {hours:.2f} hours to go\n── {row.where}: {row.problem} ({row.answer})")
     for pick in (max, min):
@@ -1004,7 +998,6 @@ def stated_key_steps(text, groups):
 
 REFLECTIVE = "I think I have made a mistake. Let me rethink it."  # not in the official warm-up
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others may start another program
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 class Row(NamedTuple):
     """One question. `where` names file and row, for every message about it."""
@@ -1023,28 +1016,24 @@ def from_shapes(name):
     return path
 
 def read_rows(source):
-    """shapes, shapes/test, shapes/warmup or a .json or .jsonl file → (rows, complaints).
-
-    Formats: R1-VL-10K or Mulberry (ShareGPT), see data/README.md.
-    """
-    names = {"shapes": "train.json", "shapes/test": "test.json", "shapes/warmup": "warmup.json"}
-    file = from_shapes(names[source]) if source in names else Path(source)
+    """shapes, or a .json or .jsonl file in the format of R1-VL-10K or Mulberry (ShareGPT), see
+    data/README.md → (rows, complaints)."""
+    file = from_shapes("train.json") if source == "shapes" else Path(source)
+    lines = file.suffix == ".jsonl"
     try:
-        text = file.read_text("utf-8-sig")  # a byte order mark may open it
-        lines = text.split("\n")  # not splitlines: it also cuts inside strings
-        records = lines if file.suffix == ".jsonl" else json.loads(text)
+        text = file.read_text("utf-8-sig").rstrip()  # a byte order mark may open it
+        # Not splitlines: it also cuts inside strings.
+        records = text.split("\n") if lines else json.loads(text)
         if not isinstance(records, list):
             raise ValueError("it is no list of records")
-    except (OSError, ValueError, RecursionError) as e:
+    except Exception as e:
         raise UserError(f"cannot read {file}: {e}") from None
     rows, complaints = [], []
     for n, record in enumerate(tqdm(records, "read", leave=False, delay=2), 1):
-        if records is lines and not record.strip():
-            continue
         try:
-            record = json.loads(record) if records is lines else record
+            record = json.loads(record) if lines else record
             rows.append(read_row(f"{file} row {n}", record, file.parent))
-        except (ValueError, OSError, RecursionError) as e:
+        except Exception as e:
             complaints.append(f"{file} row {n}: {e}")
     return rows, complaints
 
@@ -1054,10 +1043,7 @@ def read_row(where, record, folder):
     if not isinstance(record, dict):
         raise ValueError("is no JSON object")
     problem, solution = record.get("problem"), record.get("solution")
-    turns = record.get("messages", record.get("conversations"))
-    if turns is not None:
-        turns = turns if isinstance(turns, list) else []
-        turns = [turn if isinstance(turn, dict) else {} for turn in turns]
+    if turns := record.get("messages", record.get("conversations")):
         roles = [turn.get("role", turn.get("from")) for turn in turns]
         if roles not in (["user", "assistant"], ["human", "gpt"]):
             raise ValueError(f"has turns of {roles}, not one question and its answer"[:200])
@@ -1078,9 +1064,9 @@ def read_row(where, record, folder):
         raise ValueError(f"has {len(files)} images, but not as many <image> marks")
     # The instruction is cut off where the whole of it stands, and marks where they come first.
     instruction = r"\s+".join(map(re.escape, INSTRUCTION.split("{question}")[0].split()))
-    problem = re.sub(rf"\A((?:\s*<image>)*)\s*{instruction}\s*", r"\1", problem)
-    bare = re.sub(r"\A(?:\s*<image>)*\s*", "", problem)
-    problem = (problem if "<image>" in bare else bare).strip()
+    opening = rf"((?:\s*<image>)*)\s*(?:{instruction})?\s*(.*)"
+    marks, problem = re.fullmatch(opening, problem.rstrip(), re.S).groups()
+    problem = marks.lstrip() + problem if "<image>" in problem else problem
     answer = solution_answer(solution)
     asked = final_answer(f"### The final answer is: {answer}")
     if not problem or not answer or not same_answer(asked, answer):
@@ -1103,7 +1089,7 @@ def load_image(file):
         image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS)).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    except UNREADABLE as e:
+    except Exception as e:
         raise UserError(f"cannot read image {file}: {e}") from None
 
 def question_text(row, cfg):
@@ -1125,7 +1111,7 @@ def check_prompts(rows, processor, cfg):
                 size += patches // images.merge_size**2 + 2
             if size > cfg.max_prompt_tokens:
                 raise ValueError(f"its prompt has {size} tokens, more than --max-prompt-tokens")
-        except UNREADABLE as e:
+        except Exception as e:
             complaints.append(f"{row.where}: {e}")
     return complaints
 
@@ -1135,7 +1121,7 @@ def load_data(cfg):
     if cfg.reward in ("step", "accuracy"):
         complaints += [f"{row.where}: has no key_steps; data/key_steps.py makes them"
                        for row in rows if not row.key_steps]
-    source = cfg.warmup_data or ("shapes/warmup" if cfg.data == "shapes" else "")
+    source = cfg.warmup_data or (from_shapes("warmup.json") if cfg.data == "shapes" else "")
     paths, more = read_rows(source) if source and cfg.warmup_steps else ([], [])
     complaints += more + [f"{row.where}: holds no steps to imitate" for row in paths
                           if not split_sections(row.reference).steps]
@@ -1143,8 +1129,7 @@ def load_data(cfg):
     if len(warmup) < len(paths):
         print(f"warm-up: {len(paths) - len(warmup)} paths with “{REFLECTIVE}” left out")
     if cfg.data == "shapes":
-        test, more = read_rows("shapes/test")
-        test, complaints = test[:cfg.held_out], complaints + more
+        test = read_rows(from_shapes("test.json"))[0][:cfg.held_out]
     else:
         if cfg.held_out > len(rows) // 10:
             complaints.append(f"--held-out: at most {len(rows) // 10}, a tenth of the rows")
@@ -1179,9 +1164,8 @@ def load_model(name, device, dtype, max_pixels):
         text = "### Step 1:\n7 - 3 = 4"
         if processor.decode(processor.text_ids(text)) != text:
             raise ValueError("text does not survive its tokenizer; is tokenizer.json missing?")
-    except (OSError, ValueError, TypeError, SafetensorError) as e:
-        reason = (str(e).strip() or type(e).__name__).split("\n")[0]
-        raise UserError(f"cannot load {source}: {reason}") from None
+    except Exception as e:
+        raise UserError(f"cannot load {source}: {e!r:.300}") from None
     return model.to(device).eval(), processor
 
 def save_model(model, processor, folder):
@@ -1250,9 +1234,8 @@ class Run:
     LOGS, HARMLESS = ("metrics.jsonl", "samples.jsonl"), {"eval", "config.json.new"}
 
     def __init__(self, cfg):
-        self.cfg, self.out, self.stop = cfg, Path(cfg.out), False
-        # Random numbers are functions of seed and step, so they are no part of the state.
-        self.phase, self.step = "warm-up", 0
+        # step counts all updates. Random numbers are functions of seed and step: no state.
+        self.cfg, self.out, self.step, self.stop = cfg, Path(cfg.out), 0, False
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.out, os.O_RDONLY)
         try:
@@ -1270,13 +1253,11 @@ class Run:
         if self.resumed:
             try:
                 saved = torch.load(self.state, map_location="cpu", weights_only=True)
-                self.phase, self.step, known, sizes = (
-                    saved[name] for name in ("phase", "step", "data", "sizes"))
+                self.step, known, sizes = saved["step"], saved["data"], saved["sizes"]
                 optimizer.adamw.load_state_dict(saved["adamw"])
                 optimizer.write_back(saved["masters"])
-            except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError,
-                    UnpicklingError) as e:
-                raise UserError(f"{self.state} is torn or of another version ({str(e)[:80]}). Its "
+            except Exception as e:
+                raise UserError(f"{self.state} is torn or of another version ({e!r:.80}). Its "
                                 "checkpoint/ still serves as a --model") from None
             if known != data:
                 raise UserError(f"the data are not those of {self.out}: held-out questions may "
@@ -1292,21 +1273,21 @@ class Run:
 
     def log(self, name, record):
         with open(self.out / name, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+            f.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
     def save(self, policy, processor, optimizer):
         save_model(policy, processor, self.out / "checkpoint")
         new = self.out / "state.pt.new"
         sizes = {name: (self.out / name).stat().st_size for name in self.LOGS}
         with open(new, "wb") as f:
-            torch.save({"phase": self.phase, "step": self.step, "data": self.data, "sizes": sizes,
+            torch.save({"step": self.step, "data": self.data, "sizes": sizes,
                         "masters": optimizer.masters, "adamw": optimizer.adamw.state_dict()}, f)
         put(new, self.state)
 
-    def end_update(self, step, policy, processor, optimizer):
-        """After each update: note where we are, save every so often, and stop if asked to."""
-        self.step = step
-        if self.stop or step % self.cfg.save_every == 0:
+    def end_update(self, policy, processor, optimizer):
+        """After each update: count it, save every so often, and stop if asked to."""
+        self.step += 1
+        if self.stop or self.step % self.cfg.save_every == 0:
             self.save(policy, processor, optimizer)
         self.stop_if_asked()
 
@@ -1322,25 +1303,21 @@ class Run:
 
 # ─── 12. Evaluation and main ──────────────────────────────────────────────────────────────────────
 
-# Each held-out question is asked both ways. Temperature, completions per question:
-HOW = {"greedy": (0.0, 1), "sampled at T = 1": (1.0, 4)}
-
 def evaluate(cfg, run, policy, processor, rows, when):
-    """Logs the mean scores on the held-out questions."""
-    scores = {f"{when}, {how}": [] for how in HOW}
+    """Logs the mean scores on the held-out questions, each asked both ways."""
     parts = chunks(range(len(rows)), cfg.questions * cfg.group_size)
-    for part in tqdm(parts, f"evaluate {when}", unit="batch", leave=False):
-        run.stop_if_asked()
-        prompts = [make_prompt(processor, rows[n], cfg) for n in part]
-        seeds = [question_seed(cfg, n) for n in part]
-        for found, (temperature, G) in zip(scores.values(), HOW.values()):
+    for how, temperature, G in (("greedy", 0.0, 1), ("sampled at T = 1", 1.0, 4)):
+        name, scores = f"{when}, {how}", []
+        for part in tqdm(parts, name, unit="batch", leave=False):
+            run.stop_if_asked()
+            prompts = [make_prompt(processor, rows[n], cfg) for n in part]
+            seeds = [question_seed(cfg, n) for n in part]
             sampled = rollout(policy, processor, prompts, G, cfg.max_new_tokens, temperature, seeds)
-            found += [score(text, rows[n], cfg)
-                      for n, texts in zip(part, sampled.texts) for text in texts]
-    for name, found in scores.items():
-        if found:
+            scores += [score(text, rows[n], cfg)
+                       for n, texts in zip(part, sampled.texts) for text in texts]
+        if scores:
             record = {"phase": "evaluation", "name": name, "questions": len(rows)}
-            run.log("metrics.jsonl", record | mean_scores(found))
+            run.log("metrics.jsonl", record | mean_scores(scores))
 
 LIMITS = {  # low, high; all other numbers: 1 to 65,536
     "seed": (0, 2**31), "steps": (-1, 1e7), "warmup_steps": (-1, 1e7), "held_out": (0, 1e6),
@@ -1358,7 +1335,7 @@ def parse_config(argv):
     if known.resume:
         try:
             saved = asdict(Config(**json.loads((Path(out) / "config.json").read_text())))
-        except (OSError, ValueError, TypeError) as e:
+        except Exception as e:
             raise UserError(f"no run of this version to resume in {out}: {e}") from None
     parser.set_defaults(**(saved or (TINY if known.model == "tiny" else {})))
     cfg = Config(**{**vars(parser.parse_args(argv)), "out": out})
@@ -1418,19 +1395,17 @@ def learn(cfg, run):
     policy, processor, optimizer, (rows, warmup_rows, test_rows) = set_up(cfg, run)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, run.ask_to_stop)
-    if run.phase == "warm-up":
+    if run.step <= cfg.warmup_steps:
         warm_up(cfg, run, policy, processor, warmup_rows, optimizer)
         save_model(policy, processor, run.out / "reference")
-        optimizer.adamw.state.clear()  # a new phase begins without moments
-        run.phase, run.step = "StepGRPO", 0
+        optimizer.adamw.state.clear()  # StepGRPO begins without moments
         run.save(policy, processor, optimizer)
+        evaluate(cfg, run, policy, processor, test_rows, "before")
     reference = None
-    if cfg.beta and run.step < cfg.steps:
+    if cfg.beta:
         source = run.out / "reference"
         reference, _ = load_model(source, policy.device, policy.dtype, cfg.max_pixels)
         reference.requires_grad_(False)
-    if run.step == 0:
-        evaluate(cfg, run, policy, processor, test_rows, "before")
     if cfg.steps:
         train(cfg, run, policy, reference, processor, rows, optimizer)
         run.save(policy, processor, optimizer)

@@ -630,13 +630,14 @@ def test_only_the_four_packages_are_imported_and_no_eval_or_bare_except_hides_a_
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [getattr(node, "module", None) or alias.name for alias in node.names]
             elif isinstance(node, ast.ExceptHandler):
-                kinds = ast.walk(node.type or ast.Name("Exception"))
+                said = {getattr(x, "id", "") for part in node.body for x in ast.walk(part)}
+                kinds = [] if node.name in said else ast.walk(node.type or ast.Name("Exception"))
             elif isinstance(node, ast.Call):
                 kinds = [node.func]
             refused = {getattr(kind, "id", None) for kind in kinds} & {
                 "Exception", "BaseException", "eval", "exec"}
-            good = {name.split(".")[0] for name in names} <= allowed | own
-            assert good and not refused, (file.name, node.lineno)
+            good = {name.split(".")[0] for name in names} <= allowed | own and not refused
+            assert good, (file.name, node.lineno)
     if importlib.util.find_spec("torchvision") is None:
         assert "torchvision" not in sys.modules
 
@@ -1048,9 +1049,9 @@ def one_update(model, processor, rewards=REWARDS, reference=None, offload=False,
 
     def score(text, row, cfg):
         reward = rewards[row][sampled.texts[row].index(text)]
-        return dict.fromkeys(sg.SCORES, 0.0) | {"reward": reward}
+        return dict.fromkeys(rep.SCORES, 0.0) | {"reward": reward}
 
-    defaults = dict(steps=1, questions=3, group_size=3, lr=1e-3, beta=0.0)
+    defaults = dict(warmup_steps=0, steps=1, questions=3, group_size=3, lr=1e-3, beta=0.0)
     run = SimpleNamespace(step=0, log=lambda name, record: logged.append(record),
                           end_update=lambda *args: None)
     with pytest.MonkeyPatch.context() as patch:
@@ -1494,7 +1495,7 @@ def test_a_non_finite_loss_stops_before_the_update(value, straight, shapes_set, 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sg, "grpo_loss", bad)
             assert "learning rate" in run_main(*run_flags(out, shapes_set))
-        assert torch.load(out / "state.pt", weights_only=True)["step"] == 2
+        assert torch.load(out / "state.pt", weights_only=True)["step"] == 4
         assert run_main("--resume", "--out", out) == 0
     assert_same_run(straight, out)
 
@@ -1513,14 +1514,15 @@ def test_each_reward_of_the_control_experiments(reward, expected):
     row = sg.Row("", "", "4", a_path(), [["x = 3"], ["y = 4"]], [])
     found = sg.score(a_path(), row, sg.Config(reward=reward))
     assert found["reward"] == pytest.approx(expected)
-    assert [found[name] for name in sg.SCORES[1:]] == pytest.approx([1, 1.1, 1, 1])
+    assert [found[name] for name in rep.SCORES] == pytest.approx([1, 1.1, 1, 1])
 
 def test_the_group_whose_rewards_differ_most_is_shown_and_logged(capsys):
     logged = []
     run = SimpleNamespace(log=lambda name, record: logged.append(record))
     cfg = sg.Config(steps=9, show_every=2)
     batch = [sg.Row(f"row {q}", f"question {q}", "4", "", [], []) for q in range(3)]
-    scores = [[dict.fromkeys(sg.SCORES, r) for r in group] for group in ([1, 1], [0, 2], [0, 1])]
+    names = "reward", *rep.SCORES
+    scores = [[dict.fromkeys(names, r) for r in group] for group in ([1, 1], [0, 2], [0, 1])]
     record = dict.fromkeys(("step", "reward", "right", "k", "step_validity", "kl", "length",
                             "flat_groups", "seconds"), 1)
     texts = [["a", "b"], ["worst", "best"], ["c", "d"]]

@@ -173,7 +173,7 @@ def our_updates(model, processor, rows, cfg):
     """Updates of `train` → median seconds, mean length of a completion."""
     reference = copy.deepcopy(model).requires_grad_(False)
     records = []
-    run = SimpleNamespace(step=0, log=lambda name, record: records.append(record),
+    run = SimpleNamespace(step=cfg.warmup_steps, log=lambda name, record: records.append(record),
                           end_update=lambda *args: None)
     with replaced(sg, "show", lambda *args: None):
         sg.train(cfg, run, model, reference, processor, rows, sg.MasterAdamW(model))
