@@ -114,7 +114,7 @@ WARMUP_RATIO = 0.03  # share of the warm-up in which its learning rate rises (of
 # trained ones, and a task this small needs fewer of them. The method is the same.
 TINY = dict(
     warmup_steps=1800, warmup_batch=8, warmup_lr=2e-3,
-    steps=60, questions=8, group_size=8, lr=3e-4, beta=0.01, temperature=1.0, max_new_tokens=128,
+    steps=80, questions=8, group_size=8, lr=3e-4, beta=0.01, temperature=1.0, max_new_tokens=128,
     instruction=False,  # the warm-up teaches the template
     held_out=300, micro_batch=8)
 
@@ -622,7 +622,7 @@ def train(cfg, run, policy, reference, processor, rows, optimizer):
         #    question: neither the batch nor an interruption changes what is sampled.
         batch = draw(rows, Q, cfg.seed, step)
         prompts = [make_prompt(processor, row, cfg) for row in batch]
-        seeds = [question_seed(cfg, n) for n in range(step * Q, step * Q + Q)]
+        seeds = [cfg.seed * 1_000_003 + n for n in range(step * Q, step * Q + Q)]
         sampled = rollout(policy, processor, prompts, cfg.group_size, cfg.max_new_tokens,
                           cfg.temperature, seeds)
         # 2. Score each completion by rule.
@@ -701,9 +701,6 @@ def check_sampling_gap(gap):
     if not gap < 0.05:
         raise UserError(f"log-probs of sampling and update differ by {gap:.3f} on average: one of "
                         "them is wrong here. Try --device cpu, or the versions in requirements.txt")
-
-def question_seed(cfg, n):
-    return cfg.seed * 1_000_003 + n
 
 def chunks(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
@@ -956,7 +953,7 @@ CLAUSE_ENDS = {*".,;:!?→", "but"}
 TIGHT = {*"*/^√‐_%±∶", "or", *"dozen hundred thousand million billion".split()}  # part of more
 GOES_ON = re.compile(  # as an equation does: a unit, a number, an operator, a variable, a function
     r"[~\d+°!∪∩-]|-?(?![ai])[^\W\d]\Z|(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|lim"
-    r"|max|min|mod|abs|det|over|twice)\Z").match
+    r"|max|min|mod|abs|det|over|twice|more|less|fewer)\Z").match
 
 def says(step, form):
     """Whether a step states a form, both as canonical tokens.
@@ -1052,7 +1049,7 @@ def read_row(where, record, folder):
         solution = str(solution)
     if not isinstance(problem, str) or not isinstance(solution, str):
         raise ValueError("has no problem and solution that are text")
-    images = next((record[x] for x in ("image_path", "image", "images") if record.get(x)), [])
+    images = record.get("image_path") or record.get("image") or record.get("images") or []
     images = images if isinstance(images, list) else [images]
     image = r"(?i)(?:image|img|pic|photo)\S*\Z|\.(?:png|jpe?g|gif|webp|bmp)\W* \S*\Z"
     if not images and any(record[x] and re.search(image, f"{record[x]} {x}") for x in record):
@@ -1134,7 +1131,7 @@ def load_data(cfg):
         if cfg.held_out > len(rows) // 10:
             complaints.append(f"--held-out: at most {len(rows) // 10}, a tenth of the rows")
         rows = random.Random(cfg.seed).sample(rows, len(rows))
-        test, rows = rows[:cfg.held_out], rows[cfg.held_out:]
+        test = rows[:cfg.held_out]
         asked = {(row.problem, *row.images) for row in test}
         rows, warmup = ([row for row in x if (row.problem, *row.images) not in asked]
                         for x in (rows, warmup))
@@ -1311,7 +1308,7 @@ def evaluate(cfg, run, policy, processor, rows, when):
         for part in tqdm(parts, name, unit="batch", leave=False):
             run.stop_if_asked()
             prompts = [make_prompt(processor, rows[n], cfg) for n in part]
-            seeds = [question_seed(cfg, n) for n in part]
+            seeds = [cfg.seed * 1_000_003 + n for n in part]
             sampled = rollout(policy, processor, prompts, G, cfg.max_new_tokens, temperature, seeds)
             scores += [score(text, rows[n], cfg)
                        for n, texts in zip(part, sampled.texts) for text in texts]
@@ -1438,9 +1435,7 @@ def main(argv=None):
         sys.exit(f"stepgrpo: cannot read or write: {e}. What was saved in {run and run.out} before "
                  "is whole: free some space or mend the path, and go on with --resume")
     except KeyboardInterrupt:
-        saved = run and run.state.exists()
-        print("\nstopped. " + (f"Go on with: python stepgrpo.py --resume --out {run.out}" if saved
-                               else "Nothing was saved"))
+        print(f"\nstopped. Go on with: python stepgrpo.py --resume --out {run and run.out}")
         sys.exit(130)
     finally:
         if run:

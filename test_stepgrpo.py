@@ -516,7 +516,7 @@ MISS = cases(r"""
     10^3 objects → 3 objects; x < 3/4 → x < 3; co-interior angles → interior angles
     a non-right triangle → right triangle; x = 5 m → x = 5 cm; 6 objects or 7 objects → 6 objects
     6 objects or 7 objects → 7 objects; x = 3 squared → x = 3; arcsin x = 1 → x = 1
-    A ∪ B = 3 → B = 3; y = 2|x| → y = 2; y = 2[x] → y = 2; x = 2 mod 3 → x = 2""") + [("", "3")]
+    A ∪ B = 3 → B = 3; y = 2|x| → y = 2; y = 2[x] → y = 2; x = 2 mod 3 → x = 2; x is 3 more than y → x = 3""") + [("", "3")]
 
 @pytest.mark.parametrize("step, form, found", [
     *[(*case, 1.0) for case in MATCH], *[(*case, 0.0) for case in MISS]])
@@ -1659,8 +1659,7 @@ BAD = {
     "system": CHAT | {"messages": [{"role": "system", "content": "Be brief."}, *CHAT["messages"]]},
     "null turn": {"messages": [None, CHAT["messages"][1]]}, "null text": chat(None),
     "other name": ask_four(picture="a.png"), "no name": ask_four(figure=["a.png"]),
-    "emoji": ask_four(problem="How \ud83d?"),
-    "key steps": R1 | {"key_steps": [["x = 3"], [5]]}}
+    "emoji": ask_four(problem="\ud83d?"), "key steps": R1 | {"key_steps": [["x = 3"], [5]]}}
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_row_is_named_by_file_and_row_and_the_others_are_read(name, folder):
@@ -1890,13 +1889,6 @@ def test_a_file_of_another_input_is_left_alone(server, content, capsys):
     server.out.write_text(content)
     assert server.run(2) == 2 and server.out.read_text() == content and not server.asked
     assert "not made from IN" in capsys.readouterr().err
-
-@pytest.mark.parametrize("key, more", [("a\rb-key", ""), (" \n", ""), ("key-ü", ""), (
-    "right", "--workers 65"), ("right", "--api-key-env ABSENT"), ("right", "--llm file:///x")])
-def test_impossible_arguments_are_refused(server, monkeypatch, key, more):
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    pytest.raises(SystemExit, server.run, 1, *more.split())
-    assert not server.asked and not server.out.exists()
 
 # ─── 8. eval.py, data/miniatures.py ───────────────────────────────────────────────────────────────
 

@@ -25,8 +25,8 @@ RUNS, RESULTS = HERE.parent / "runs" / "ablation", HERE / "ablation.jsonl"
 WARM_UP, GRPO, BOTH = "warm-up only", "right answer only (GRPO)", "both rewards, M = 8"
 ARMS = {
     WARM_UP: "--steps 0",
-    # As many updates of imitation as take the time of 60 updates of StepGRPO.
-    "more imitation": "--warmup_steps 500 --steps 0",
+    # As many updates of imitation as take the time of 80 updates of StepGRPO.
+    "more imitation": "--warmup_steps 670 --steps 0",
     GRPO: "--reward outcome",
     "StepRAR alone": "--reward accuracy",
     "StepRVR alone": "--reward validity",
@@ -66,7 +66,7 @@ def run(job):
 def run_all(seeds, done):
     """Two at a time, one thread each: these models are too small for two."""
     sg.from_shapes("train.json")  # before two runs want to draw it
-    jobs = [(seed, arm) for seed in seeds for arm in ARMS if (seed, arm) not in done]
+    jobs = [(seed, arm) for arm in ARMS for seed in seeds if (seed, arm) not in done]
     with ThreadPoolExecutor(2) as pool:
         for first in (True, False):  # all warm-ups, then what starts from them
             list(pool.map(run, [job for job in jobs if (job[1] == WARM_UP) == first]))
