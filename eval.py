@@ -844,7 +844,7 @@ def parse_arguments(argv):
 def use_tiny(args):
     """--model tiny: the run of `python stepgrpo.py`, and miniatures as data."""
     if not Path("runs/tiny/checkpoint").is_dir():
-        raise UserError("run python stepgrpo.py first, about five minutes: there is no runs/tiny")
+        raise UserError("run python stepgrpo.py first, four to six minutes: there is no runs/tiny")
     # It was trained on completions of this length.
     args.model, args.max_new_tokens = "runs/tiny", min(args.max_new_tokens, TINY["max_new_tokens"])
     if not args.data:

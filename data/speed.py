@@ -3,10 +3,11 @@
 
     python data/speed.py                  # tiny model on CPU; the 2B shape in bf16 on CUDA
     python data/speed.py --updates 20     # so many whole updates, and nothing else
-    python data/speed.py --trl runs/tiny  # on CPU, beside TRL's GRPOTrainer, if trl is installed
+    python data/speed.py --trl runs/tiny  # on CPU, beside TRL's GRPOTrainer
 
 Weights are random, and completions never end before their limit, so every run does the same work.
-Times are medians of calls taken in turn, after one of each that does not count.
+Times are medians of calls taken in turn, after one of each that does not count. --trl asks for
+`pip install trl` and `pip install --no-deps torchvision`, of the version that fits torch.
 """
 import argparse
 import copy
@@ -245,6 +246,7 @@ def main():
     parser.add_argument("--trl", metavar="RUN", help="run folder to go on with, here and in TRL")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     device, size, dtype, name = sg.pick_device("auto"), "tiny", torch.float32, "CPU"
     if device.type == "cuda":
         size, dtype, name = "2B", torch.bfloat16, torch.cuda.get_device_name()
