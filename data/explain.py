@@ -110,18 +110,13 @@ def show_objective(model, processor, prompt, texts, A):
     print("\n── 7. Objective and update")
     optimizer = sg.MasterAdamW(model)
     own = [[torch.tensor([*processor.text_ids(text), processor.eos[0]]) for text in texts.values()]]
-
-    def logps_of_all():
-        logps, mask = sg.completion_logps(model, processor, [prompt], own)
-        return logps[0], mask[0]
-
-    logps, mask = logps_of_all()
+    logps, mask = sg.completion_logps(model, processor, [prompt], own)  # (G, C)
     ref = logps.detach()
     loss, stats = sg.grpo_loss(logps, ref, ref, A, mask)
     loss.backward()
     print(f"before the update   loss {abs(loss.item()):.3f}   KL {stats['kl']:.3f}   ratio "
           f"{stats['ratio']:.3f}   gradient is zero: {optimizer.step(1e-5) == 0}")
-    logps, mask = logps_of_all()
+    logps, mask = sg.completion_logps(model, processor, [prompt], own)
     _, stats = sg.grpo_loss(logps, logps.detach(), ref, A, mask)
     print(f"after one update    KL to the reference above zero: {stats['kl'] > 0}")
     gain = ((logps - ref).sum(1) / mask.sum(1)).tolist()

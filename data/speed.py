@@ -104,7 +104,7 @@ def race_update(model, processor, G, C=256):
     advantages, gradients = torch.linspace(-1, 1, G, device=model.device)[:, None], {}  # (G, 1)
 
     def ours():
-        return sg.completion_logps(model, processor, [prompt], [[*own]])[0][0]  # (G, C)
+        return sg.completion_logps(model, processor, [prompt], [[*own]])[0]  # (G, C)
 
     def usual():
         logits = model(**inputs, use_cache=False).logits[:, :-1]  # (G, N - 1, V)
