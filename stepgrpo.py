@@ -415,8 +415,8 @@ def tempered_logps(logits, temperature, banned):
     return torch.log_softmax((logits.float() / temperature).masked_fill(banned, -torch.inf), -1)
 
 def token_logps(head, hidden, targets, temperature, banned, chunk=512):
-    """hidden (T, H), targets (T,) → log-probs (T,). Logits of 150,000 words are the largest tensor
-    of all: they are made for `chunk` tokens at a time, and made again in backward."""
+    """hidden (tokens, H), targets (tokens,) → log-probs (tokens,). Logits of 150,000 words are the
+    largest tensor of all: they are made for `chunk` tokens at a time, and again in backward."""
     def project(hidden, targets):
         logps = tempered_logps(head(hidden), temperature, banned)  # (chunk, V)
         return logps.gather(1, targets[:, None])[:, 0]  # (chunk,)
@@ -606,7 +606,7 @@ def warm_up(cfg, run, policy, processor, rows, optimizer):
             loss = -logps.sum() / tokens  # of all tokens of the update
             loss.backward()
             loss_sum += loss.item()
-        progress = (step + 0.5) / cfg.warmup_steps
+        progress = (step + 0.5) / cfg.warmup_steps  # lr rises, then falls as half a cosine
         fall = max(0.0, progress - WARMUP_RATIO) / (1 - WARMUP_RATIO)
         lr = cfg.warmup_lr * min(1.0, progress / WARMUP_RATIO) * math.cos(math.pi * fall / 2) ** 2
         record = {"loss": loss_sum, "grad_norm": optimizer.step(lr), "lr": lr}
