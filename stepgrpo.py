@@ -78,7 +78,7 @@ class Config:
     """Every setting, with its default for a real checkpoint."""
     model: str = knob("tiny", f"tiny, {', '.join(SHORT_NAMES)}, a Hub id or a folder")
     data: str = knob("shapes", "shapes, or a .json or .jsonl file of questions")
-    warmup_data: str = knob("", "file of reference paths to imitate; '' = of shapes, else none")
+    warmup_data: str = knob("", "file of paths to imitate; '' = those of shapes, else no warm-up")
     out: str = knob("", "run folder; '' = runs/<model>")
     resume: bool = knob(False, "go on with the run in --out")
     seed: int = knob(0, "of data order, sampling and the tiny model's weights")
@@ -718,7 +718,7 @@ def shuffled(size, seed, epoch):
     return random.Random(f"{seed} {epoch}").sample(range(size), size)
 
 def show(cfg, run, record, batch, texts, scores, advantages):
-    """A line per update; at times, of the group whose rewards differ most, best and worst."""
+    """A line per update; every so often, best and worst of the group whose rewards differ most."""
     tqdm.write("update {step:5d}/{of}  reward {reward:.3f}  right {right:.2f}  k {k:.2f}  "
                "valid {step_validity:.2f}  KL {kl:.4f}  len {length:3.0f}  flat {flat_groups}  "
                "{seconds:.1f}s".format(of=cfg.steps, **record))
@@ -774,14 +774,15 @@ def replace(rules, text):
         text = re.sub(pattern, new, text)
     return text
 
-INVISIBLE = [(r"(?i)</?(?:br|p|b|i|em|strong|answer|conclusion) ?/?>", " "),  # &nbsp;, Ａ is A
+INVISIBLE = [  # tags, &nbsp;, full-width Ａ, and what has no width at all
+    (r"(?i)</?(?:br|p|b|i|em|strong|answer|conclusion) ?/?>", " "),
     (r"&#?\w+;", lambda m: html.unescape(m[0])), (r"[！-～]", lambda m: chr(ord(m[0]) - 0xfee0)),
     (r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
      r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]", "")]
 RAW = [*INVISIBLE,  # and what NFKC or lower case would lose
     (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"), (r"[₀-₉]+", r"_\g<0>"),  # x⁴ is x^4, x₁ is x_1
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), ("[º˚]", "°"),  # 2½ is 2 1/2
-    (r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ","),  # a space that parts no line: 1,000
+    (r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ","),  # 1 000 with a no-break space
     (r"(?<=[a-z]{2})-(?=[a-z])|(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
 FOLD = [
     ("<=", "≤"), (">=", "≥"), (r"!=|=/=|\\not ?=|<>", "≠"), ("=>", " → "), (r"\|\||//", "∥"),
@@ -801,7 +802,7 @@ FOLD = [
         (rf"\\[dtc]?frac ?(?:{BRACES}|(\d)) ?(?:{BRACES}|(\d))",
          lambda m: f" {bracketed(m, m[1] and 1 or 2)}/{bracketed(m, m[3] and 3 or 4)}"),
         (r"(?<=[_^√\]]) ?" + BRACES, bracketed)],
-    (r"\{([^{}]*,[^{}]*)\}", r"⦃\1⦄"), *2 * [(BRACES, lambda m: " " + bracketed(m))],  # a set
+    (r"\{([^{}]*,[^{}]*)\}", r"⦃\1⦄"), *2 * [(BRACES, lambda m: " " + bracketed(m))],  # {1, 2}
     (r"\\([a-z]+)", command),
     *((rf"(?<![a-z\\])(?:{words})(?![a-z])", sign) for sign, words in SPOKEN.items()),
     (r"\^ ?\(? ?([°']+) ?\)?", r"\1"), (r"(?<=\w)'s\b", ""),  # 90^{\circ}; the triangle's area
@@ -879,7 +880,8 @@ def split_choice(text):
 
 NAME = re.compile(r"(?!.*\b(?:no(?:t|ne|thing)?|neither|never|cannot|\w+n't)\b)(?:(?:m )?angle \d+"
                   r"|[^\W\d][\w']*(?: [^\W\d][\w']*){0,6}(?: \( [\w' ,]+ \))?)")
-ASIDE = r"[<>≤≥≠≈,;]|\d[a-z]\Z|[\w)%] (?:[^\W\d]{2,}|(?<!π )[^\W\d]\Z|[^\W\drd]\Z)"  # 3 or x
+# What says more than a computation, in the sides of a chain of equalities: '3 or x', '2x', '<'.
+ASIDE = r"[<>≤≥≠≈,;]|\d[a-z]\Z|[\w)%] (?:[^\W\d]{2,}|(?<!π )[^\W\d]\Z|[^\W\drd]\Z)"
 VALUE = re.compile(r"(-?)(?:(\d{1,60}) (?=\d+ / ))?(\d{1,60}(?:\.\d{1,60})?(?:e-?\d{1,3})?)"
                    r"(?: / (\d{1,60}(?:\.\d{1,60})?))?")  # bounded: 1e999999999 fills no memory
 
@@ -1021,8 +1023,7 @@ def read_rows(source):
     lines = file.suffix == ".jsonl"
     try:
         text = file.read_text("utf-8-sig").rstrip()  # a byte order mark may open it
-        # Not splitlines: it also cuts inside strings.
-        records = text.split("\n") if lines else json.loads(text)
+        records = text.split("\n") if lines else json.loads(text)  # splitlines cuts strings, too
         if not isinstance(records, list):
             raise ValueError("it is no list of records")
     except Exception as e:
@@ -1037,7 +1038,7 @@ def read_rows(source):
     return rows, complaints
 
 def read_row(where, record, folder):
-    """A record → Row. ValueError says what is wrong with it."""
+    """A record → Row. An exception says what is wrong with it."""
     json.dumps(record, ensure_ascii=False).encode()  # half an emoji cannot be encoded
     if not isinstance(record, dict):
         raise ValueError("is no JSON object")
