@@ -350,17 +350,15 @@ def embed(model, ids, prompts):
 def rms_norm(module, x):
     return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
 
-def rope_tables(model, positions, dtype):
-    """positions (3, Q, N) → cos, sin (Q, N, 1, D), with the signs of `rotate` in sin."""
-    rope = model.model.language_model.rotary_emb
-    cos, sin = rope(torch.empty(0, device=positions.device), positions)  # (Q, N, D)
-    first, second = sin.chunk(2, -1)
-    sin = torch.cat([-first, second], -1)
-    return cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)
+def rope_tables(model, positions, x):
+    """positions (3, Q, N) → cos, sin (Q, N, 1, D), of the dtype and device of x."""
+    cos, sin = model.model.language_model.rotary_emb(x, positions)  # (Q, N, D)
+    return cos[:, :, None], sin[:, :, None]
 
 def rotate(x, cos, sin):
     """RoPE of the pairs (x[i], x[i + D/2]): (…, D) → (…, D)."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 def decoder_layer(layer, x, cos, sin, attend):
     """One layer of Qwen2 on x (…, H). Update and decoding differ in attend(layer, q, k, v) alone:
@@ -375,7 +373,7 @@ def decoder_layer(layer, x, cos, sin, attend):
 def forward(model, ids, positions, prompts, attend):
     """ids (Q, N), positions (3, Q, N) → hidden states (Q, N, H), before the last norm."""
     x = embed(model, ids, prompts)
-    cos, sin = rope_tables(model, positions, x.dtype)
+    cos, sin = rope_tables(model, positions, x)
     for layer in model.model.language_model.layers:
         if model.training and layer.gradient_checkpointing:
             x = checkpoint(decoder_layer, layer, x, cos, sin, attend, use_reentrant=False)
@@ -500,17 +498,14 @@ class Decoder:
 
     def __init__(self, model, processor, prompts, uniform, temperature):
         """Encodes each prompt once. uniform (Q, G, C): a number in (0, 1] for each token."""
-        (Q, G, C), device, dtype = uniform.shape, model.device, model.dtype
-        config = model.config.get_text_config()
-        h, D = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        (Q, G, C), device = uniform.shape, model.device
         self.model, self.temperature = model, temperature
-        self.shape = Q, G, h, config.num_attention_heads // h, D
-        zeros = functools.partial(torch.zeros, device=device)  # not empty: 0 · nan is nan
         self.prompt_cache, self.own_cache = [], []
 
         def attend(layer, q, k, v):
             self.prompt_cache.append([x.transpose(1, 2).contiguous() for x in (k, v)])
-            self.own_cache.append([zeros(Q, h, G, C, D, dtype=dtype) for _ in (k, v)])
+            empty = [x.new_zeros(Q, x.shape[2], G, C, x.shape[3]) for x in (k, v)]
+            self.own_cache.append(empty)  # zeros: 0 · nan would be nan
             return prompt_attention(q, k, v)
 
         ids, positions, lengths = stack_prompts(prompts, processor.eos[0], device)
@@ -522,8 +517,9 @@ class Decoder:
         self.padding = padding[:, None, None, None]  # (Q, 1, 1, 1, P)
         next_position = positions[:, *last].repeat_interleave(G, 1) + 1  # (3, B)
         to_come = next_position[:, None] + self.columns[:, None]  # (3, C, B)
-        self.cos, self.sin = rope_tables(model, to_come, dtype)  # (C, B, 1, D)
+        self.cos, self.sin = rope_tables(model, to_come, hidden)  # (C, B, 1, D)
         self.uniform = uniform.flatten(0, 1).T.to(device)  # (C, B)
+        zeros = functools.partial(torch.zeros, device=device)
         self.c = zeros(1, dtype=torch.long)  # tokens so far; on the device, so a graph can count
         self.ids = zeros(C, Q * G, dtype=torch.long)
         self.logps, self.ended = zeros(C, Q * G), zeros(Q * G, dtype=torch.bool)
@@ -553,19 +549,20 @@ class Decoder:
 
     def attend(self, masked, layer, q, k, v):
         """One token of each completion over its prompt and itself: q (B, h·r, D) → the same."""
-        (Q, G, h, r, D), index = self.shape, layer.self_attn.layer_idx
+        index = layer.self_attn.layer_idx
         prompt_k, prompt_v = self.prompt_cache[index]  # (Q, h, P, D)
+        Q, h, G, _, D = self.own_cache[index][0].shape
         P, T = prompt_k.shape[2], masked.shape[-1] - prompt_k.shape[2]
         for cache, new in zip(self.own_cache[index], (k, v)):
             cache.index_copy_(3, self.c, new.view(Q, G, h, 1, D).transpose(1, 2))
         own_k, own_v = (cache[..., :T, :] for cache in self.own_cache[index])  # (Q, h, G, T, D)
-        q = (q * D ** -.5).view(Q, G, h, r, D).transpose(1, 2)  # (Q, h, G, r, D)
+        q = (q * D ** -.5).view(Q, G, h, -1, D).transpose(1, 2)  # (Q, h, G, r, D)
         # All G·r queries of a question meet the keys of its prompt in one matmul.
-        scores = (q.flatten(2, 3) @ prompt_k.mT).unflatten(2, (G, r))  # (Q, h, G, r, P)
+        scores = (q.flatten(2, 3) @ prompt_k.mT).unflatten(2, (G, -1))  # (Q, h, G, r, P)
         scores = torch.cat([scores, q @ own_k.mT], -1).masked_fill(masked, -torch.inf)
         on_prompt, on_own = torch.softmax(scores, -1).split([P, T], -1)
-        out = (on_prompt.flatten(2, 3) @ prompt_v).unflatten(2, (G, r)) + on_own @ own_v
-        return out.transpose(1, 2).reshape(Q * G, h * r, D)
+        out = (on_prompt.flatten(2, 3) @ prompt_v).unflatten(2, (G, -1)) + on_own @ own_v
+        return out.transpose(1, 2).reshape(Q * G, -1, D)
 
 def sample(logps, uniform):
     """One token per row by inverse CDF: logps (B, V), uniform (B,) in (0, 1] → (B,). If rounding in
@@ -676,8 +673,7 @@ def train(cfg, run, policy, reference, processor, rows, optimizer):
 def score(text, row, cfg):
     """All scores of a completion. `reward`, chosen by --reward, is what the policy learns from."""
     right = float(same_answer(final_answer(text), row.answer))
-    validity = step_validity_reward(text)
-    accuracy, k = right, 0.0
+    accuracy, validity, k = right, step_validity_reward(text), 0.0
     if row.key_steps:
         k = match_key_steps(text, row.key_steps, row.reference)
         accuracy = step_accuracy_reward(text, row.answer, row.key_steps, cfg.alpha, row.reference)
@@ -1268,8 +1264,7 @@ class Run:
             put(new, self.out / "config.json")
         for name, size in sizes.items():  # what a resumed run is about to do again is dropped
             with open(self.out / name, "ab") as f:
-                if f.tell() > size:
-                    f.truncate(size)
+                f.truncate(min(size, f.tell()))
 
     def log(self, name, record):
         with open(self.out / name, "a", encoding="utf-8") as f:
@@ -1410,15 +1405,10 @@ def learn(cfg, run):
         train(cfg, run, policy, reference, processor, rows, optimizer)
         run.save(policy, processor, optimizer)
         evaluate(cfg, run, policy, processor, test_rows, "after")
-    print(f"\n{'held-out questions':34}{'right':>8}{'StepRAR':>9}{'StepRVR':>9}{'k':>8}")
-    for record in map(json.loads, (run.out / "metrics.jsonl").read_text("utf-8").splitlines()):
-        if record["phase"] == "evaluation":
-            print("{name:34}{right:8.3f}{step_accuracy:9.3f}{step_validity:9.3f}{k:8.3f}".format(
-                **record))
     if subprocess.run([sys.executable, HERE / "data" / "report.py", run.out]).returncode:
         print("the page could not be written")
-    print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes. The policy is in "
-          f"{run.out / 'checkpoint'}; look at {run.out / 'report.html'}")
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes. The policy is in "
+          f"{run.out / 'checkpoint'}")
 
 def main(argv=None):
     transformers.utils.logging.disable_progress_bar()  # of reading weights, but of downloads:

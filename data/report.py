@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stepgrpo import Config, UserError, earned_key_steps, final_answer, load_image, split_sections
 
 POINTS, GROUPS = 200, 24  # at most: points of a curve, groups on the page
-# Scores and their short names, as the training prints them.
+# Scores and their short names.
 SCORES = {"right": "right", "step_accuracy": "StepRAR", "step_validity": "StepRVR", "k": "k"}
 
 # ─── Logs ─────────────────────────────────────────────────────────────────────────────────────────
@@ -315,6 +315,13 @@ than {POINTS}. Dark: a moving average; the number is its end.</p>
 <p class=note>Written {time.ctime()}.</p>
 """
 
+def print_evaluations(folder):
+    """The held-out scores of a run, as a table on the screen."""
+    print(f"\n{'held-out questions':34}" + "".join(map("{:>9}".format, SCORES.values())))
+    for record in read_run(folder)[3]:
+        scores = "".join(f"{record[key]:9.3f}" for key in SCORES)
+        print(f"{record['name']:34}{scores}")
+
 def write_report(folder):
     """Writes report.html into a run folder → its path. A crash leaves the old page, and whole."""
     new = Path(folder, "report.html.new")
@@ -325,6 +332,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python data/report.py runs/NAME")
     try:
-        print(write_report(sys.argv[1]))
+        print_evaluations(Path(sys.argv[1]))
+        print(f"\nlook at {write_report(sys.argv[1])}")
     except (UserError, OSError) as e:
         sys.exit(f"report: {e}")
