@@ -32,9 +32,8 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from functools import lru_cache, partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +41,8 @@ import torch
 from tqdm import tqdm
 
 from stepgrpo import (HERE, SHORT_NAMES, TINY, UserError, build_instruction, canonical, chunks,
-                      load_image, load_model, pick_device, rollout, split_sections, undecorated)
+                      load_image, load_model, pick_device, put, rollout, split_sections,
+                      undecorated)
 
 # ─── 1. The eight benchmarks ──────────────────────────────────────────────────────────────────────
 
@@ -78,7 +78,7 @@ PAPER = tuple(BENCHMARKS)
 BENCHMARKS["mathvision_mini"] = BENCHMARKS["mathvision"]._replace(
     title="Math-V mini", file="MathVision_MINI.tsv", md5="060fe4fa5d868987ce179307bd5f8a33")
 
-# The paper's Table 1, in the order of PAPER. Its average takes MME/28.
+# The paper's Table 1, in the order of PAPER.
 PUBLISHED = {
     "Qwen2-VL-2B": (43.0, 48.0, 12.4, 73.5, 24.9, 41.7, 19.7, 1872),
     "Qwen2-VL-2B-GRPO": (41.4, 46.2, 16.0, 72.5, 24.2, 42.2, 19.9, 1930),
@@ -133,10 +133,9 @@ def build_prompt(benchmark, row, plain=False):
 
 # ─── 2. From response to answer ───────────────────────────────────────────────────────────────────
 
-# A response says many things. `statements` finds the texts in which it commits to an answer, the
-# best first. `forms` takes such a text apart, and `chosen`, `yes_or_no` and `stated_number` read
-# it. Most patterns below are lists of words, so they are easy to extend and easy to overdo: what a
-# pattern takes for an answer should be one in any response.
+# `statements` finds the texts in which a response commits to an answer, the best first. `forms`
+# takes such a text apart. Most patterns below are lists of words, so they are easy to extend and
+# easy to overdo: what a pattern takes for an answer should be one in any response.
 
 ASCII = str.maketrans({code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {"。": ". "})
 WRAPPER = re.compile(r"\\(?:text\w*|math\w+|[hm]box) ?\{([^{}]*)\}")
@@ -144,7 +143,7 @@ WRAPPER = re.compile(r"\\(?:text\w*|math\w+|[hm]box) ?\{([^{}]*)\}")
 END_TOKEN = re.compile(r"</?s>|<\|\w+\|>|<(?:eos|end_of_turn)>")
 # Thinking that never ends is no answer. Its opening tag may stand in the prompt.
 THINKING = re.compile(r"<think>.*?(?:</think>|(?=<answer>)|\Z)|\A.*</think>", re.S | re.I)
-EMPHASIS = re.compile(r"\*\*+|(?<![\w*])\*(?=\S)([^*\n]+)(?<=\S)\*(?![\w*])|```\w*|`")
+EMPHASIS = re.compile(r"\*\*+|```\w*|`")
 TAG = re.compile(r"<((?:final[ _-]?)?(?:answer|conclusion))>(.*?)(?:</\1>|\Z)", re.S | re.I)
 # A box that never closes ends at the end of its line.
 BOX = re.compile(r"\\f?box(?:ed)? ?\{(?:((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|([^\n]*))")
@@ -152,7 +151,7 @@ BOX = re.compile(r"\\f?box(?:ed)? ?\{(?:((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}
 EXPLICIT = re.compile(
     r"\b(?:answer|option|choice)\b(?! \(?[A-H]\b)(?: (?!is\b)[\w'’-]+){0,8}?"
     r" (?:is|(?:would|must|should) be)\b:?|\b(?:answer|option|choice)\"? ?[:=]"
-    r"|(?=\(?\b[A-H]\)? is (?:the )?(?:most )?(?:correct|right|best)\b)|答案[应该是为选]*:?|选[项择]?"
+    r"|(?=\(?\b[A-H]\)? is (?:the |most )*(?:correct|right|best)\b)|答案[应该是为选]*:?|选[项择]?"
     r"|\bI(?: would|['’]d)? (?:go with|choose|pick|select)\b", re.I)
 ALL_OPTIONS = re.compile(r"\W*A[).:][^\n]{0,200}?(?<!ption)(?:\n\W*|[ (]+)B[).:]")
 # After 'C.' and after a line 'C' no sentence ends.
@@ -166,7 +165,7 @@ def fold(text):
 def clean(response):
     """The response without end tokens, thinking and Markdown; of 2,048 tokens, nothing is cut."""
     text = END_TOKEN.sub("", response[-10_000:])
-    return fold(EMPHASIS.sub(r"\1", THINKING.sub("", text))).strip()
+    return fold(EMPHASIS.sub("", THINKING.sub("", text))).strip()
 
 def sentences(text):
     """Sentences and lines that hold a letter or digit. A question states nothing."""
@@ -217,11 +216,11 @@ LATE = re.compile(
     r"|(?:so|thus|hence|therefore)\b\D*(\$?\d[\d,.]*%?)\D*)\Z", re.I)
 # Words that add nothing to a question, as stems.
 FILLER = set("ther the a an this that thes who it he she we they is are was were do did does has"
-             " had have of in on at to by with".split())
+             " had have of in on at to by with imag char".split())
 
 def bare(text):
     """A text without lead-in, quotes, dollars, boxes and leftover symbols around it."""
-    text = undecorated(text).strip(" \t\n_,;:!$✓✔✅")
+    text = undecorated(text).strip(" \t\n*_,;:!$✓✔✅")
     # Quotes, also at the end of a JSON object.
     text = re.sub(r"\"\s*\}?\Z|\A\"", "", text)
     return re.sub(r"\A[\[({]([^\[\](){},]*)[\])}]\Z", r"\1", text).strip()
@@ -232,7 +231,7 @@ def stem(word):
 
 def added(text, question):
     """What a sentence adds to the words of a question: 'France', to 'had the most visitors'."""
-    known = {*map(stem, question.split()), *FILLER, "imag", "char"}
+    known = {*map(stem, question.split()), *FILLER}
     new = [word.span() for word in re.finditer(r"\S+", text) if stem(word[0]) not in known]
     return text[new[0][0]:new[-1][1]] if new and question else ""
 
@@ -257,36 +256,28 @@ def forms(text, question=""):
 
 FACTOR = re.compile(
     r"(?:([*/∶]) |(?=[√π]))(-?) ?(√ (?:\[ (\d) \] )?)?(π|\d{1,30}(?:\.\d{1,30})?(?:e-?\d{1,2})?)"
-    r"(?: \^ (-?\d{1,3}))? ")
+    r"(?: \^ (-?\d{1,3}))?(?: |(?=[kmb] ))")
 NUMBER_WORDS = {word: str(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}
 SCALES = {"%": 0.01, "k": 1e3, "thousand": 1e3, "m": 1e6, "million": 1e6, "b": 1e9, "bn": 1e9,
           "billion": 1e9}
 ABOUT = re.compile(r"\A(?:(?:about|approximately|around|roughly|nearly|almost|exactly|only|just"
                    r"|now|the|at|to|≈|~|an? (?:\w+ ){1,3}of) )+")
-# A word or a year may follow a number, but not these.
-WORD = r"(?:[^\W\d_]{2,}|a|~\S+|[‐'%]|(?:1[5-9]|20)\d\d)"
-NO_UNIT = re.compile(r"\b(?:not?|than|n?or|and|is|are|was|were|sin|cos|tan|log|ln)\b")
-
-class Number(NamedTuple):
-    """'5.2 million cm' is 5.2, 1e6 and '~cm'."""
-    value: float
-    scale: float
-    unit: str
+# What may follow a number: words and years, and after a comma anything but a number. 'or', 'than'
+# and 'sin' make it a choice, a comparison or a formula.
+FOLLOWS = re.compile(
+    r"(?:(?!(?:not?|than|n?or|and|is|are|was|were|sin|cos|tan|log|ln) )"
+    r"(?:[^\W\d_]{2,}|a|~\S+|[‐'%]|(?:1[5-9]|20)\d\d) )*(?:[,;.] (?![-(\[]? ?\d).*)?")
 
 @lru_cache(maxsize=4096)
 def read_number(text, loose=False):
-    """'2\\sqrt{3}', '13.5 thousand', '60%', '5 cm' → Number; None if it is none.
+    """'5.2 million cm' → value 5.2, scale 1e6 and unit '~cm'; None if a text is no number.
 
-    loose: words may follow, such as 'apples in 2014'.
+    loose: more may follow, as in '5 cars in 2014, 61 in all'.
     """
     text = ABOUT.sub("", canonical(text[:400]) + " ")
-    # 2014-2016 is no difference, and 'one of the two' is not 1. 12k is 12 k, 1/(2π) is 1/2/π.
-    if re.match(r"\d+ - \d+ (?![/√])|one of ", text):
-        return None
-    text = re.sub(r"\A\w+(?= )", lambda m: NUMBER_WORDS.get(m[0], m[0]), text)
-    text = re.sub(r"\A(-?[\d.]+)([kmb]|bn) ", r"\1 \2 ", text)
-    text = re.sub(r"/ \( (\S+) ([√π][^()]*) \)", r"/ \1 / \2", text)
+    # 'One of the two' is not 1.
+    text = re.sub(r"\A\w+(?= (?!of ))", lambda m: NUMBER_WORDS.get(m[0], m[0]), text)
     value, scale, text = 1.0, 1.0, "* " + text
     try:
         while match := FACTOR.match(text):
@@ -301,18 +292,8 @@ def read_number(text, loose=False):
     while rest and rest[0].rstrip("s") in SCALES:
         scale *= SCALES[rest.pop(0).rstrip("s")]
     unit = rest.pop(0) if rest and rest[0].startswith("~") else ""
-    fine = not rest or loose and only_words(rest)
-    return Number(value, scale, unit) if fine and math.isfinite(value) else None
-
-def only_words(tokens):
-    """Whether what follows a number leaves it alone: no formula, choice, comparison or number.
-
-    Years do not count, nor does what stands after a comma: '5 cars in 2014, 61 in all'.
-    """
-    main, *others = re.split(r"(?:\A| )[,;.](?= |\Z)", " ".join(tokens))
-    several = others and re.match(r" ?[-(\[]?\d", others[0])
-    words = re.fullmatch(rf"(?:{WORD}(?: |\Z))*", main)
-    return bool(words and not several and not NO_UNIT.search(main))
+    fine = not rest or loose and FOLLOWS.fullmatch(" ".join(rest) + " ")
+    return (value, scale, unit) if fine and math.isfinite(value) else None
 
 nearly = partial(math.isclose, rel_tol=0, abs_tol=1e-6)
 
@@ -322,13 +303,14 @@ def same_number(p, g, equal=nearly, plain=False):
     60% is 0.6, and if plain also 60. Numbers are compared at the larger scale: 80% is not first
     divided and then rounded to 1.
     """
-    if p.unit and g.unit and p.unit != g.unit:
+    (p, p_scale, p_unit), (g, g_scale, g_unit) = p, g
+    if p_unit and g_unit and p_unit != g_unit:
         return False
-    as_written = plain if 0.01 in (p.scale, g.scale) else 1.0 in (p.scale, g.scale)
-    if (p.scale == g.scale or as_written) and equal(p.value, g.value):
+    as_written = plain if 0.01 in (p_scale, g_scale) else 1.0 in (p_scale, g_scale)
+    if (p_scale == g_scale or as_written) and equal(p, g):
         return True
-    ratio = p.scale / g.scale
-    return ratio != 1 and equal(p.value * max(1, ratio), g.value / min(1, ratio))
+    ratio = p_scale / g_scale
+    return equal(p * max(1, ratio), g / min(1, ratio))
 
 def words(text):
     """One spelling for equal texts. An article in front does not count."""
@@ -336,9 +318,8 @@ def words(text):
 
 def items(text):
     """Items of '[2014, 2016]', "['Yes', 'No']" or '(3, 4)'; [] if a text is no list."""
-    text = re.sub(r"\\left|\\right|\$", "", text).strip()
-    match = re.fullmatch(r"[\[({](.*,.*)[\])}]", text)
-    return list(map(bare, match[1].split(","))) if match else []
+    match = re.fullmatch(r"[\[(⦃] (.* , .*) [\])⦄]", canonical(text))
+    return match[1].split(" , ") if match else []
 
 def same(a, b):
     """Whether an answer a says what the right one b says: word by word, as number or as list."""
@@ -372,7 +353,8 @@ def leading_letters(text, options):
     letter, rest = match[match.lastindex].upper(), text[match.end():]
     if several := SEVERAL.match(rest):
         return {letter, *re.findall(r"\b[A-H]\b", several[0])}
-    said = set().union(*(matching(form, options) for form in forms(rest.lstrip(" ).:,;-–(\n"))))
+    rest = rest.lstrip(" ).:,;-–(\n")
+    said = set().union(*(matching(form, options) for form in forms(rest)))
     return {letter} if letter in said else {letter} | said
 
 def chosen(text, options, question=""):
@@ -430,7 +412,7 @@ def grade(response, read, is_right):
             return score
     return Score(0)
 
-NAME = re.compile(r"\W*([A-Za-z])\W*=")
+NAME = re.compile(r"(?:\A|[,;]|\band\b)[^=,;]*\b([A-Za-z]{1,2})\W*=")
 
 def grade_value(response, gold, question, equal, plain):
     """A number if the right answer is one; else a text or a list."""
@@ -438,13 +420,12 @@ def grade_value(response, gold, question, equal, plain):
         return any(same(form, gold) for form in forms(text, question))
 
     def numbers(text):
-        # Of '2π/3 ≈ 2.094' either side counts. But y = -3 is not x = -3, and 'a = 7, b = 5'
-        # states none.
-        names = {name[1] for name in map(NAME.match, (gold, text)) if name}
-        if len(names) > 1 or re.search(r"=[^=]*(?:[,;]| and )[^=]*=", text):
+        # y = -3 is not x = -3, and 'a = 7, b = 5' states none.
+        if len({*NAME.findall(gold), *NAME.findall(text)}) > 1:
             return []
+        # Of '2π/3 ≈ 2.094' either side counts.
         found = ((read_number(form, loose=True) for form in forms(side, question))
-                 for side in re.split(r"≈|\\approx", text))
+                 for side in re.split(r"≈|\\approx", text, maxsplit=2))
         return [number for side in found if (number := next(filter(None, side), None))]
 
     if number := read_number(bare(gold.split("=")[-1])):
@@ -471,7 +452,7 @@ def score(benchmark, row, response):
     """Score of a response to a row, a dict of TSV columns. A malformed row is an error."""
     gold = fold(cell(row, "answer", missing=()))
     response = response if isinstance(response, str) else ""
-    question = cell(row, "question").split("Question:")[-1].split("Choices:")[0].split("Please")[0]
+    question = re.split("Choices:|Please", cell(row, "question").split("Question:")[-1])[0]
     options = {x: fold(text) for x, text in options_of(benchmark, row).items()}
     label = benchmark == "mathvista" and cell(row, "answer_option") or gold
     is_letter = re.fullmatch(r"\W*[A-H](?:\W+[A-H])*\W*", label)
@@ -520,32 +501,24 @@ def units_of(benchmark, row, i):
     return {"accuracy": i, **parts}, cell(row, "problem_index") or i
 
 def figures(benchmark, rows, scores, resamples=0):
-    """{figure: tensor (B,)}, the paper's first. B is 1, or the number of bootstrap resamples.
-
-    A score of None is a row without a response. It makes its unit wrong if another row of it has
-    one, and counts nowhere else. An image of MME has two questions, both to be right for acc+.
-    """
-    right, home, size, clusters = defaultdict(dict), {}, Counter(), {}
+    """{figure: tensor (B,)}, the paper's first: of all rows, then of each bootstrap resample."""
+    units, clusters, shares = defaultdict(lambda: defaultdict(list)), {}, {}
     for i, (row, s) in enumerate(zip(rows, scores, strict=True)):
-        units, cluster = units_of(benchmark, row, i)
-        for name, unit in units.items():
-            size[name, unit] += 1
-            right[name][unit] = right[name].get(unit, True) and s == 1
-            if s is not None:
-                home[name, unit] = clusters.setdefault(cluster, len(clusters))
-    n, shares = len(clusters), {}
-    # How often each cluster is drawn: (B, clusters).
-    weights = torch.ones(1, n, dtype=torch.float64)
-    if resamples:
-        drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0))
-        weights = torch.zeros(resamples, n, dtype=torch.float64)
-        weights.scatter_add_(1, drawn, torch.ones_like(weights))
-    for name, units in right.items():
-        won = {unit: yes and (size[name, unit] == 2 or not name.endswith("acc+"))
-               for unit, yes in units.items() if (name, unit) in home}
-        if won:
-            weight = weights[:, [home[name, unit] for unit in won]]  # (B, units)
-            shares[name] = 100 * (weight * torch.tensor(list(won.values()))).sum(1) / weight.sum(1)
+        names, cluster = units_of(benchmark, row, i)
+        number = clusters.setdefault(cluster, len(clusters))
+        for name, unit in names.items():
+            units[name][unit, number].append(s == 1)
+    n = len(clusters)
+    drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0))
+    # How often each cluster counts. The first draw takes each once.
+    counts = [draw.bincount(minlength=n) for draw in (torch.arange(n), *drawn)]
+    weights = torch.stack(counts).double()  # (B, clusters)
+    for name, found in units.items():
+        # An image of MME has two questions, both to be right for acc+.
+        least = 2 if name.endswith("acc+") else 1
+        won = torch.tensor([all(right) and len(right) >= least for right in found.values()])
+        weight = weights[:, [number for _, number in found]]  # (B, units)
+        shares[name] = 100 * (weight * won).sum(1) / weight.sum(1)
     return totals(benchmark, shares)
 
 def totals(benchmark, shares):
@@ -565,40 +538,28 @@ def totals(benchmark, shares):
 def summarize(benchmark, rows, scores):
     """{figure: percent}, the paper's first, of rows and their scores; and `unparsed`, a number.
 
-    MME's figures are points, 2,800 at most. ValueError: there are no rows.
+    MME's figures are points, 2,800 at most.
     """
-    if not rows:
-        raise ValueError("there are no rows")
     summary = {name: x.item() for name, x in figures(benchmark, rows, scores).items()}
-    unparsed = sum(s is not None and getattr(s, "answer", "") is None for s in scores)
-    return {**summary, "unparsed": unparsed}
+    return summary | {"unparsed": sum(getattr(s, "answer", "") is None for s in scores)}
 
 def intervals(benchmark, rows, scores, resamples=1000):
     """{figure: [low, high]}: 95 % bootstrap intervals. A resample may lack a unit: then nan."""
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     found = figures(benchmark, rows, scores, resamples)
-    return {name: x.nanquantile(ends).tolist() for name, x in found.items()}
+    return {name: x[1:].nanquantile(ends).tolist() for name, x in found.items()}
 
 # ─── 4. Asking the model ──────────────────────────────────────────────────────────────────────────
 
+csv.field_size_limit(1 << 30)  # a cell may hold an image
+
 @contextlib.contextmanager
-def using(what, advice="Mend it, or move it away"):
-    """Whatever is wrong with a file, a row or a download becomes one line for the user."""
+def using(what):
+    """Whatever is wrong with a file, a row or a download becomes one line that names it."""
     try:
         yield
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
-            MemoryError, RecursionError, SyntaxError, HTTPException, csv.Error) as e:
-        raise UserError(f"cannot use {what}: {str(e) or repr(e)}. {advice}") from None
-
-def write_whole(file, text):
-    """The file is the old one or the new one, whatever happens."""
-    new = Path(f"{file}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, file)
-
-def md5_of(file):
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "md5").hexdigest()
+    except Exception as e:
+        raise UserError(f"{what}: {str(e) or repr(e)}") from None
 
 def find_file(name, given):
     """A benchmark's file in --data, $LMUData or ~/LMUData; else it is downloaded to the first."""
@@ -609,21 +570,17 @@ def find_file(name, given):
         return found
     new, url = Path(f"{files[0]}.new"), b.url + b.file
     print("downloading", url)
-    with using(url, f"Try again, or get it elsewhere and save it as {files[0]}"):
+    with using(f"{url}, which may also be saved by hand as {files[0]}"):
         new.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, new)
-        if md5_of(new) != b.md5:
-            raise ValueError(f"its MD5 is {md5_of(new)}, and should be {b.md5}")
-        os.replace(new, files[0])
+        md5 = hashlib.md5(new.read_bytes()).hexdigest()
+        if md5 != b.md5:
+            raise ValueError(f"its MD5 is {md5}, and should be {b.md5}")
+        put(new, files[0])
     return files[0]
-
-def key_of(index):
-    """An index as text. Spreadsheets write 0 as 0.0."""
-    return re.sub(r"\.0\Z", "", str(index).strip())
 
 def read_rows(name, file):
     """TSV file → {index: row}, with images as base64. UserError names the first bad row."""
-    csv.field_size_limit(1 << 30)
     needed = {"index", "question", "answer", *BENCHMARKS[name].columns.split()}
     rows = {}
     with using(file), open(file, encoding="utf-8-sig", newline="") as f:
@@ -631,19 +588,15 @@ def read_rows(name, file):
         if lacks := needed - set(reader.fieldnames or ()):
             raise ValueError(f"it has no column {', '.join(sorted(lacks))}")
         for n, row in enumerate(reader, 1):
-            with using(f"{file} row {n}"):
+            with using(f"row {n}"):
                 if None in row or None in row.values():
                     raise ValueError("it has more or fewer cells than the header")
-                row["index"] = key_of(row["index"])
                 if row["index"] in rows:
                     raise ValueError(f"another row has its index, {row['index']}")
                 score(name, row, "")
                 units_of(name, row, 0)
                 rows[row["index"]] = row
     return rows
-
-def has_image(row):
-    return cell(row, "image") not in ("", "[]")
 
 def images_of(rows, row):
     """RGB images of a row: base64, a list of it, or the index of another row, 64 signs at most."""
@@ -652,42 +605,31 @@ def images_of(rows, row):
         if len(part) <= 64:
             images += images_of(rows, rows[part])
             continue
-        data = base64.b64decode("".join(part.split()).rpartition("base64,")[2], validate=True)
-        try:
-            images.append(load_image(io.BytesIO(data)))
-        except UserError:
-            raise ValueError("it is no image") from None
+        data = base64.b64decode(part.rpartition("base64,")[2])
+        images.append(load_image(io.BytesIO(data)))
     return images
-
-def fingerprint(model):
-    """A short text that changes with the weights: 64 of each tensor."""
-    sample = [p.detach().flatten()[::max(1, p.numel() // 64)].float().tolist()
-              for p in model.parameters()]
-    return hashlib.md5(repr(sample).encode()).hexdigest()
 
 def kept_responses(file, settings):
     """{id: response} of an earlier run. The first line of the file holds its settings."""
     with using(file):
-        data = file.read_bytes() if file.exists() else b""
+        file.touch()
+        data = file.read_bytes()
         lines = data[:data.rfind(b"\n") + 1]
         # A kill may have torn the last line.
-        if len(lines) < len(data):
-            os.truncate(file, len(lines))
+        os.truncate(file, len(lines))
         if not lines:
             file.write_text(json.dumps({"settings": settings}) + "\n")
             return {}
         first, *records = map(json.loads, lines.splitlines())
-        changed = [key for key, value in settings.items()
-                   if first["settings"].get(key) != value]
-        done = {record["id"]: "" + record["response"] for record in records}
-    if changed:
-        raise UserError(f"{file} was made with other {', '.join(changed)}: choose another --out")
-    return done
+        changed = [key for key in settings if first["settings"].get(key) != settings[key]]
+        if changed:
+            raise ValueError(f"made with other {', '.join(changed)}. Choose another --out")
+        return {record["id"]: "" + record["response"] for record in records}
 
-def predict(args, name, rows, asked, model, processor, settings):
+def predict(args, model, processor, settings, name, rows, asked, md5):
     """Greedy responses to the asked rows, appended batch by batch → {id: response}."""
     file = args.out / f"{name}.jsonl"
-    done = kept_responses(file, settings)
+    done = kept_responses(file, settings | {"md5": md5})
     for batch in tqdm(chunks(asked, args.batch_size), f"{name:14}", unit="batch"):
         # After a kill the batches are the same, so the responses are the same to the last bit.
         todo = [row for row in batch if row["index"] not in done]
@@ -697,11 +639,11 @@ def predict(args, name, rows, asked, model, processor, settings):
                 prompts.append(processor.prompt(text, images_of(rows, row)))
         if todo:
             sampled = rollout(model, processor, prompts, 1, args.max_new_tokens, temperature=0)
-            lines = [{"id": row["index"], "prompt": text, "response": response}
-                     for row, text, [response] in zip(todo, texts, sampled.texts)]
             with open(file, "a") as f:
-                f.write("".join(json.dumps(line) + "\n" for line in lines))
-            done |= {line["id"]: line["response"] for line in lines}
+                for row, text, [response] in zip(todo, texts, sampled.texts):
+                    line = {"id": row["index"], "prompt": text, "response": response}
+                    f.write(json.dumps(line) + "\n")
+                    done[row["index"]] = response
     return done
 
 def first_of(record, *names):
@@ -723,70 +665,75 @@ def read_predictions(file):
         if file.suffix == ".json":
             records = json.load(f)
         elif file.suffix in (".tsv", ".csv"):
-            csv.field_size_limit(1 << 30)
             records = csv.DictReader(f, delimiter="\t" if file.suffix == ".tsv" else ",")
         else:
             records = (json.loads(line) for line in f if line.strip())
         for n, record in enumerate(records, 1):
-            with using(f"{file} record {n}"):
-                index = key_of(first_of(record, "id", "index", "doc_id"))
+            with using(f"record {n}"):
+                index = first_of(record, "id", "index", "doc_id")
+                index = re.sub(r"\.0\Z", "", str(index))  # spreadsheets write 0 as 0.0
                 response = first_of(record, "response", "prediction", "filtered_resps")
                 while isinstance(response, list):
                     response = response[0] if response else None
                 if index in found:
                     raise ValueError(f"another record has its index, {index}")
-                found[index] = "" if response is None or response != response else str(response)
+                found[index] = "" if response is None else str(response)
     return found
 
 # ─── 5. The table ─────────────────────────────────────────────────────────────────────────────────
 
-def evaluate(args, name, rows, responses):
-    """Scores the responses → all figures of one benchmark. <name>.scored.jsonl says why."""
-    given = [responses.get(row["index"]) for row in rows]
-    scores = [None if response is None else score(name, row, response)
-              for row, response in zip(rows, given)]
-    lines = [{"id": row["index"], "score": s, "right": row["answer"], "statement": s.answer}
-             for row, s in zip(rows, scores) if s is not None]
-    if not lines:
+def evaluate(args, name, file, respond):
+    """Rows, responses, scores → all figures of a benchmark. <name>.scored.jsonl says why."""
+    md5 = hashlib.md5(file.read_bytes()).hexdigest()
+    rows = read_rows(name, file)
+    seen = [row for row in rows.values() if cell(row, "image") or "image" not in row]
+    asked = seen[:args.limit or None]
+    responses = respond(name, rows, asked, md5)
+    if unknown := sorted(responses.keys() - rows.keys()):
+        raise UserError(f"{file} lacks rows that have responses: {unknown[:5]}")
+    answered = [row for row in asked if row["index"] in responses]
+    if not answered:
         raise UserError(f"no row of {name} has an image and a response")
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_whole(args.out / f"{name}.scored.jsonl", text)
-    summary, spread = summarize(name, rows, scores), intervals(name, rows, scores)
+    scores = [score(name, row, responses[row["index"]]) for row in answered]
+    with open(args.out / f"{name}.scored.jsonl", "w") as f:
+        for row, s in zip(answered, scores):
+            line = {"id": row["index"], "score": s, "right": row["answer"], "statement": s.answer}
+            f.write(json.dumps(line) + "\n")
+    summary = summarize(name, answered, scores)
+    spread = intervals(name, answered, scores)
     headline = next(iter(summary))
-    return {"headline": summary[headline], "interval": spread[headline], "rows": len(lines),
-            "unparsed": summary["unparsed"], "without response": len(rows) - len(lines),
+    counts = {"rows": len(answered), "unparsed": summary["unparsed"],
+              "left out without image": len(rows) - len(seen),
+              "left out without response": len(asked) - len(answered)}
+    return {"headline": summary[headline], "interval": spread[headline], "counts": counts,
+            "published file": md5 == BENCHMARKS[name].md5,
             "figures": summary, "intervals": spread}
 
-def average(headlines):
-    """The paper's average of eight, cut to one decimal; – unless all eight are there."""
-    if any(name not in headlines for name in PAPER):
-        return "–"
-    mean = sum(headlines[name] / (28 if name == "mme" else 1) for name in PAPER) / len(PAPER)
-    return math.floor(mean * 10 + 1e-9) / 10
-
 def table_lines(results, label):
-    """The paper's rows and ours, in Markdown that is also aligned."""
-    names = [*PAPER, *(name for name in results if name not in PAPER)]
-    titles = [*(BENCHMARKS[name].title for name in names), "Average"]
+    """The paper's rows and ours, in Markdown that is also aligned; and what ours rest on."""
     table = {f"{model} (paper)": dict(zip(PAPER, row)) for model, row in PUBLISHED.items()}
     table[label] = {name: result["headline"] for name, result in results.items()}
-    averages = {title: average(row) for title, row in table.items()}
-    if not all(result["complete"] for result in results.values()):
-        averages[label] = "–"
-    for title, value in (("  95 % interval, from", lambda r: r["interval"][0]),
-                         ("  to", lambda r: r["interval"][1]), ("  n", lambda r: r["rows"]),
-                         ("  unparsed, %", lambda r: 100 * r["unparsed"] / r["rows"])):
-        table[title] = {name: value(result) for name, result in results.items()}
-
-    def joined(title, texts):
-        texts = [f"{text:>{max(5, len(head))}}" for text, head in zip(texts, titles)]
-        return " | ".join([f"| {title:24}", *texts]) + " |"
-
-    lines = [joined("", titles), "| --- |" + " --: |" * len(titles)]
-    for title, row in table.items():
-        decimals = {name: 0 if name == "mme" or title == "  n" else 1 for name in names}
-        texts = [f"{row[name]:.{decimals[name]}f}" if name in row else "–" for name in names]
-        lines.append(joined(title, [*texts, averages.get(title, "")]))
+    titles = {name: b.title for name, b in BENCHMARKS.items() if name in {*PAPER, *results}}
+    titles["average"] = "Average"
+    head = [f"| {'':24}", *(f"{title:>5}" for title in titles.values())]
+    lines = [" | ".join(head) + " |", "| --- |" + " --: |" * len(titles)]
+    for model, row in table.items():
+        # The paper's average takes MME/28 and is cut to one decimal.
+        if row.keys() >= set(PAPER):
+            total = sum(row[name] / (28 if name == "mme" else 1) for name in PAPER)
+            row["average"] = math.floor(total / len(PAPER) * 10 + 1e-9) / 10
+        texts = [f"| {model:24}"]
+        for name, title in titles.items():
+            value = row.get(name)
+            text = "–" if value is None else f"{value:.{0 if name == 'mme' else 1}f}"
+            texts.append(f"{text:>{max(5, len(title))}}")
+        lines.append(" | ".join(texts) + " |")
+    lines.append("")
+    for name, result in results.items():
+        counts = ", ".join(f"{n} {what}" for what, n in result["counts"].items() if n)
+        note = "" if result["published file"] else ", not the published file"
+        low, high = result["interval"]
+        lines.append(f"- {name}: 95 % interval {low:.1f} to {high:.1f}, {counts}{note}")
     return lines
 
 def report(args, label, settings, results):
@@ -796,22 +743,17 @@ def report(args, label, settings, results):
         before = json.loads(file.read_text()) if file.exists() else {"settings": None}
         if before["settings"] == settings:
             results = before["benchmarks"] | results
-        lines = [*table_lines(results, label), ""]
-    lines += [f"{name}: {result[what]} rows {what} left out\n" for name, result in results.items()
-              for what in ("without image", "without response") if result.get(what)]
-    if args.data == str(MINIATURES):
-        lines.append("Figures of miniatures cannot be compared with the paper's.\n")
-    text = "\n".join(lines)
-    write_whole(args.out / "table.md", text)
-    new = {"model": label, "settings": settings, "benchmarks": results}
-    write_whole(file, json.dumps(new, indent=1))
-    print(f"\n{text}\nin {args.out / 'table.md'}; all parts in {file}")
+        text = "\n".join(table_lines(results, label))
+    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    new = Path(f"{file}.new")
+    all_parts = {"model": label, "settings": settings, "benchmarks": results}
+    new.write_text(json.dumps(all_parts, indent=1))
+    put(new, file)
+    print(f"\n{text}\n\nin {args.out / 'table.md'}; all parts in {file}")
 
 # ─── 6. Main ──────────────────────────────────────────────────────────────────────────────────────
 
-MINIATURES = HERE / "data" / "miniatures"
-# Name: default and help.
-FLAGS = {
+FLAGS = {  # name: default and help
     "--model": ("tiny", f"tiny, {', '.join(SHORT_NAMES)}, a Hub id or a folder"),
     "--data": ("", "folder of the TSV files; else $LMUData or ~/LMUData"),
     "--benchmarks": (",".join(PAPER), "which; also mathvision_mini"),
@@ -832,7 +774,7 @@ def parse_arguments(argv):
     parser.add_argument("--plain", default=None, action=argparse.BooleanOptionalAction,
                         help="no template; default: as the run was trained")
     args = parser.parse_args(argv)
-    args.benchmarks = args.benchmarks.replace(" ", "").strip(",").split(",")
+    args.benchmarks = args.benchmarks.replace(" ", "").split(",")
     if wrong := [name for name in args.benchmarks if name not in BENCHMARKS]:
         raise UserError(f"no benchmark {', '.join(wrong)}; there are {', '.join(BENCHMARKS)}")
     if args.predictions and len(args.benchmarks) != 1:
@@ -845,11 +787,11 @@ def use_tiny(args):
     """--model tiny: the run of `python stepgrpo.py`, and miniatures as data."""
     if not Path("runs/tiny/checkpoint").is_dir():
         raise UserError("run python stepgrpo.py first, four to six minutes: there is no runs/tiny")
-    # It was trained on completions of this length.
-    args.model, args.max_new_tokens = "runs/tiny", min(args.max_new_tokens, TINY["max_new_tokens"])
+    args.model = "runs/tiny"
+    args.max_new_tokens = min(args.max_new_tokens, TINY["max_new_tokens"])  # as in training
     if not args.data:
         subprocess.run([sys.executable, HERE / "data" / "miniatures.py"], check=True)
-        args.data = str(MINIATURES)
+        args.data = HERE / "data" / "miniatures"
 
 def load(args):
     """Model, processor, and the settings on which the responses depend."""
@@ -861,8 +803,11 @@ def load(args):
         with using(config):
             trained = json.loads(config.read_text()) if config.is_file() else {}
             args.plain = trained.get("instruction") is False
+    # A short text that changes with the weights.
+    sample = [p.flatten()[::p.numel() // 64 + 1].tolist() for p in model.parameters()]
     return model, processor, {
-        "weights": fingerprint(model), "instruction": "" if args.plain else build_instruction(""),
+        "weights": hashlib.md5(repr(sample).encode()).hexdigest(),
+        "instruction": "" if args.plain else build_instruction(""),
         "max_new_tokens": args.max_new_tokens, "max_pixels": args.max_pixels}
 
 def run(args):
@@ -873,30 +818,17 @@ def run(args):
     # A bad row is named now, and not hours later.
     for name, file in files.items():
         read_rows(name, file)
-    label, folder = args.predictions or args.model, Path("runs", Path(args.model).name)
     if args.predictions:
-        responses, folder = read_predictions(Path(label)), Path(label).parent
-        settings = {"folder": str(folder.resolve())}
+        label, folder = args.predictions, Path(args.predictions).parent
+        given, settings = read_predictions(Path(label)), {"folder": str(folder.resolve())}
+        respond = lambda *_: given
     else:
+        label, folder = args.model, Path("runs", Path(args.model).name)
         model, processor, settings = load(args)
-    args.out, results = Path(args.out or folder / "eval"), {}
+        respond = partial(predict, args, model, processor, settings)
+    args.out = Path(args.out or folder / "eval")
     args.out.mkdir(parents=True, exist_ok=True)
-    # One file is in memory at a time.
-    for name, file in files.items():
-        rows, md5 = read_rows(name, file), md5_of(file)
-        if md5 != BENCHMARKS[name].md5 and args.data != str(MINIATURES):
-            print(f"{file} is not the published file: its MD5 is {md5}")
-        seen = [row for row in rows.values() if has_image(row) or "image" not in row]
-        asked = seen[:args.limit or None]
-        if not args.predictions:
-            asking = settings | {"md5": md5}
-            responses = predict(args, name, rows, asked, model, processor, asking)
-        if unknown := sorted(responses.keys() - rows.keys()):
-            raise UserError(f"{file} lacks rows that have responses: {unknown[:5]}")
-        result = evaluate(args, name, asked, responses)
-        complete = not args.limit and not result["without response"]
-        results[name] = result | {"without image": len(rows) - len(seen), "complete": complete}
-        del rows, seen, asked
+    results = {name: evaluate(args, name, file, respond) for name, file in files.items()}
     report(args, label, settings | {"limit": args.limit}, results)
 
 def main(argv=None):
