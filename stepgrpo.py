@@ -1140,7 +1140,7 @@ def load_data(cfg):
         print(f"{len(short)} reference paths miss some of their key steps, the first: {short[0]}")
     return rows, warmup, test, complaints
 
-# ─── 10. Checkpoints ──────────────────────────────────────────────────────────────────────────────
+# ─── 10. Checkpoints, optimiser, run folder ───────────────────────────────────────────────────────
 
 def load_model(name, device, dtype, max_pixels):
     """tiny, short name, Hub id, checkpoint or run folder → (model in eval mode, Processor)."""
@@ -1180,8 +1180,6 @@ def put(new, final):
     with open(new, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(new, final)
-
-# ─── 11. Optimiser and run folder ─────────────────────────────────────────────────────────────────
 
 class MasterAdamW:
     """AdamW in fp32 for weights of any dtype, without weight decay (official code).
@@ -1296,7 +1294,7 @@ class Run:
         self.stop = True
         tqdm.write("stopping after this update (again: at once)")
 
-# ─── 12. Evaluation and main ──────────────────────────────────────────────────────────────────────
+# ─── 11. Evaluation and main ──────────────────────────────────────────────────────────────────────
 
 def evaluate(cfg, run, policy, processor, rows, when):
     """Logs the mean scores on the held-out questions, each asked both ways."""
@@ -1436,7 +1434,7 @@ def main(argv=None):
             if not any(run.out.iterdir()):
                 run.out.rmdir()
 
-# ─── 13. The rewards in TRL and verl ──────────────────────────────────────────────────────────────
+# ─── 12. The rewards in TRL and verl ──────────────────────────────────────────────────────────────
 
 # Columns are those of R1-VL-10K. Answers may be numbers, lists may be tuples or arrays.
 
