@@ -737,88 +737,71 @@ def show(cfg, run, record, batch, texts, scores, advantages):
 # not understood stays in the text and makes it different. Nothing is evaluated.
 
 SIGNS = str.maketrans(
-    dict(zip("−–×·⋅∗∙÷∕⁄∆≦⩽≧⩾∼∣⇒’‘′“”", "--*****///δ≤≤≥≥~|→'''\"\""))
-    | {"—": " ; ", "∛": "√[3]", "∞": " infinity ", "∴": " "}
+    dict(zip("−–×·⋅∗∙÷∕⁄∆≦⩽≧⩾∼∣⇒’‘′“”", "--*****///δ≤≤≥≥~|→'''\"\"")) | {"—": ";"}
     | dict.fromkeys("∠∡", " angle ") | dict.fromkeys("△▵", " triangle "))
-COMMANDS = {"circ": "°", "degree": "°", "textdegree": "°", "infty": "∞", "cdot": "*",
-            "neq": "≠", "to": "→", "implies": "→"} | {x + "dots": "..." for x in ("", "l", "c")}
-SPOKEN = {" * ": "times|multiplied by", " / ": "divided by", " + ": "plus", " - ": "minus",
-          " = ": r"equals|(?:is )?equal to|is(?= +[-\d√π])", " √": "square root of",
-          " π ": "pi", "°": "degrees?", " % ": "per ?cent", " ^2 ": "squared", " ^3 ": "cubed"}
+NAMED = {  # typed (90 degrees) or as a LaTeX command (90^\circ)
+    "*": "times|multiplied by|cdot", "/": "divided by", "+": "plus", "-": "minus",
+    "=": r"equals|(?:is )?equal to|is(?= +[-\d√π])", "≠": "neq", "√": "sqrt|square root of",
+    "π": "pi", "°": "degrees?|circ", "%": "per ?cent", "^2 ": "squared", "∞": "infty|infinity"}
 # Nothing else is a unit: '4 sin θ' is not 4 of the unit sin θ. The first name stands for all.
 UNITS = {name + s: names[0] for s in ("", "s") for names in map(str.split, """
     m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
     in inch inche; ft foot feet; yd yard; mi mile; g gram; kg kilogram; lb pound; oz ounce; ml;
-    l liter litre; s sec second; min minute; h hr hour; day; week; month; year; mph; °; rad radian;
-    $ dollar; cent ¢; € euro; ¥ yen; £; am; pm; unit""".split(";")) for name in names}
-UNIT = rf"(?:{'|'.join(sorted(map(re.escape, UNITS), key=len, reverse=True))})(?: \^ [23])?"
-BRACES = r"(\{[^{}]*\})"
-EDGE = r"(^|[^\w)\]⦄%°'!$¢€£¥] )"  # nothing, or a sign that opens
+    l liter litre; s sec second; min minute; h hr hour; day; week; month; year; mph; °; unit;
+    $ dollar; cent ¢; € euro; ¥ yen; £; am; pm""".split(";")) for name in names}
+UNIT = rf"(?:{'|'.join(map(re.escape, UNITS))})(?: \^ [23])?"
+OPENS = r"(?<![\w)\]⦄%°'!$¢€£¥] )"  # no operand stands before
 
-def bracketed(match, i=1):
-    """What braces hold: bare if it is one number or one word, else in brackets."""
-    text = match[i].strip("{} ")
-    return f"{text} " if re.fullmatch(r"-?[\d.]+|[^\W\d]\w*|\W?", text) else f"({text})"
-
-def command(match):
-    """LaTeX command → sign. HTML's entities have LaTeX's names: \\leq is &leq; is ≤."""
-    sign = COMMANDS.get(match[1]) or html.entities.html5.get(match[1] + ";") or f" {match[1]} "
-    return unicodedata.normalize("NFKC", sign).translate(SIGNS)
+PLAIN = [
+    (r"(?i)</?(?:br|p|b|i|em|strong|answer|conclusion) ?/?>", " "),
+    (r"⁻?[⁰¹²³⁴-⁹]+|ⁿ", r"^\g<0> "), (r"[₀-₉]+", r"_\g<0> "),  # x⁴ is x^4
+    (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 2½ is 2 1/2
+    (r"(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
+NO_WIDTH = r"[\u00ad\u034f\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe0f\ufeff]"
+LATEX = [
+    (r"(?:,?\\[,!]|\{,\})(?=\d{3})", ","),  # 1{,}234
+    (r"\$\$|`|\\(?:left|right|boxed)(?![a-z])|\\[,;:!()\[\] ]|(?<=\S)~", " "),
+    (r"(?<!\\)\$(?! )([^$\n]+)(?<![ \\])\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
+    (r"\n\s*(?:[-*•] )?|\\\\", " ; "),  # a bullet is no minus
+    (r"\\?([$€£¥]) ?(-?\d[\d,]*(?:\.\d+)?)", r"\2 \1 "),  # $5 is 5 $
+    (r"\\([%$&#_|])", r"\1"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
+    (r"\\[dt]?frac(\d)(\d)", r" \1/\2"), (r"\\[dt]?frac ?(?=\{)", " "), (r"\} ?\{", "}/{"),
+    (r"\\(?:text|math|mbox)[a-z]* ?\{([^{}]*)\}", r" \1 "),
+    *((rf"(?<![a-z])\\?(?:{names})(?![a-z])", f" {sign}") for sign, names in NAMED.items()),
+    # HTML's entities have LaTeX's names: \leq is &leq; is ≤.
+    (r"\\([a-z]+)", lambda m: html.entities.html5.get(m[1] + ";", f" {m[1]} ")),
+    *4 * [(r"\{ *(-?[\d.]+|[^\W\d]\w*|\W?) *\}", r" \1 "),  # from the innermost outwards
+          (r"\{([^{}]*,[^{}]*)\}", r" ⦃\1⦄ "), (r"\{([^{}]*)\}", r" (\1) ")]]
+TYPED = [
+    ("<=", "≤"), (">=", "≥"), (r"!=|=/=|not =", "≠"), (r"\|\||//", "∥"),
+    (r"(?<!\d)\"|\*\*+", " "),  # but 5" is inches
+    (r"[\^*] *\(? ?([°']+) ?\)?", r"\1"),  # 90^{\circ}
+    (r"(?<=\d) ?x ?(?=\d)", "*"), (r"(?<=\d) ?: ?(?=\d)", "∶"),  # 3 x 4; 3:4 is a ratio
+    (r"(?<![\d.,(\[|⦃])\d{1,3}(?:,\d{3})+(?!,?\d| ?[)\]|⦄])",
+     lambda m: m[0].replace(",", ""))]  # 1,234; not in (1,234)
+TOKEN = re.compile(  # a number, perhaps with a letter; a Greek letter; a word; any other sign
+    r"\d*\.?\d+(?:e[-+]?\d+\b|[a-z](?![\w']))?|[α-ω]|[^\W\d_α-ω](?:[^\W_α-ω]|')*|[^\s\w]|_")
+GRAMMAR = [  # on tokens between spaces
+    (r" \.(?=\d)", " 0."), (r"(\.\d*?[1-9])0+(?= )|\.0+(?= )", r"\1"),  # .50 is 0.5
+    (r"(?<=[\dπ)]) (?:sq|square) (\S+)", r" \1 ^ 2"),  # 5 square cm
+    (r"(?<=[\dπ)]) cubic (\S+)", r" \1 ^ 3"),
+    (rf"(?<=[\dπ)]) ((?:° [cf]|{UNIT})(?: / {UNIT})?)(?= )",
+     lambda m: " ~" + "".join(UNITS.get(x, x) for x in m[1].split())),
+    (rf"{OPENS}(?:(-)|\+) (?=\d)", r"\1"),  # -3: a sign, not a difference
+    (rf"{OPENS}\( (-? ?√? ?(?:[\d.]+|[^\W\d]\w*)) \)(?! [\^!])", r"\1"),  # (3); not f(3), (-3)^2
+    (rf"{OPENS}(?<![\^√/] )\( ([\w. √]+) \)(?= /)", r"\1"),  # (2√3)/5
+    (r"(?<=[\d)]) \( (\d[\d.]*) \)", r" * \1"),  # 7(3)
+    (r"(?<=[\d)π]) \*(?= [√(α-ω]| [a-z] )", ""), (r"(?<=\d) (?=[b-z] )", "")]  # 2 * x is 2x
 
 def replace(rules, text):
     for pattern, new in rules:
         text = re.sub(pattern, new, text)
     return text
 
-INVISIBLE = [  # tags, &nbsp;, full-width Ａ, and what has no width at all
-    (r"(?i)</?(?:br|p|b|i|em|strong|answer|conclusion) ?/?>", " "),
-    (r"&#?\w+;", lambda m: html.unescape(m[0])), (r"[！-～]", lambda m: chr(ord(m[0]) - 0xfee0)),
-    (r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-     r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]", "")]
-RAW = [*INVISIBLE,  # and what NFKC or lower case would lose
-    (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"), (r"[₀-₉]+", r"_\g<0>"),  # x⁴ is x^4, x₁ is x_1
-    (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "), ("[º˚]", "°"),  # 2½ is 2 1/2
-    (r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ","),  # 1 000 with a no-break space
-    (r"(?<=[a-z]{2})-(?=[a-z])|(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
-FOLD = [
-    ("<=", "≤"), (">=", "≥"), (r"!=|=/=|\\not ?=|<>", "≠"), ("=>", " → "), (r"\|\||//", "∥"),
-    (r"(?<!\\)\$\$|(?<!\\)\$(?=\S)([^$\n]*?[^\s$\\])?\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
-    (r"(?:,?\\[,!] ?|\{,\})(?=\d{3})", ","),  # 1{,}234 is 1,234 is 1234, but not in (1,234)
-    (r"\\?([$€£¥]) ?(-?\d[\d,]*(?:\.\d+)?)", r"\2 \1 "),  # $5 is 5 $
-    (r"(?<![\d.,(\[{|<⟨])\d{1,3}(?:,\d{3})+(?!,?\d| ?\\?[)\]}|>⟩r])",
-     lambda m: m[0].replace(",", "")),
-    (r"\n\s*(?:[-*•][ \t]+)?|\\\\", " ; "),  # a bullet is no minus
-    (r"\"([^\"]+)\"|(?<!\w)'([^']+)'(?!\w)", r" \1\2 "), ('"', "''"),  # but 5" is inches
-    (r"(?<=[\w)])\*\*(?=[\w(])", "^"), (r"\*\*+", " "),  # 2**3; bold
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![a-z])", " "),
-    (r"\\[,;:!()\[\] ]|(?<=\S)~|`", " "), (r"\\([%$&#_|])", r"\1"),
-    (r"\\?sqrt(?![a-z])", " √"), (r"\\\{|\\lbrace(?![a-z])", "⦃"), (r"\\\}|\\rbrace(?![a-z])", "⦄"),
-    *4 * [  # from the innermost braces outwards
-        (r"\\(?:text|math|[fm]?box|boxed|operatorname)[a-z]* ?\{([^{}]*)\}", r" \1 "),
-        (rf"\\[dtc]?frac ?(?:{BRACES}|(\d)) ?(?:{BRACES}|(\d))",
-         lambda m: f" {bracketed(m, m[1] and 1 or 2)}/{bracketed(m, m[3] and 3 or 4)}"),
-        (r"(?<=[_^√\]]) ?" + BRACES, bracketed)],
-    (r"\{([^{}]*,[^{}]*)\}", r"⦃\1⦄"), *2 * [(BRACES, lambda m: " " + bracketed(m))],  # {1, 2}
-    (r"\\([a-z]+)", command),
-    *((rf"(?<![a-z\\])(?:{words})(?![a-z])", sign) for sign, words in SPOKEN.items()),
-    (r"\^ ?\(? ?([°']+) ?\)?", r"\1"), (r"(?<=\w)'s\b", ""),  # 90^{\circ}; the triangle's area
-    (r"(?<=\d) ?x ?(?=\d)", "*"), (r"(?<=\d) ?: ?(?=\d)", "∶"),  # 3 x 4; 3:4 is a ratio
-    (r"(?<=\d) ?\* ?(?=[a-z](?![\w']))", ""),  # 2*x is 2x
-    (r"(?<=\d) (?=[b-fi-kn-rt-z](?![\w']))", ""),  # 2 x too, but 5 m has a unit
-    (r"(?<=[a-z])(?=[α-ω])|(?<=[α-ω])(?=[a-z])|\s+", " "),  # 3sinα is 3 sin α
-    # Tokens: a number with its sign, exponent or variable; a word; any other sign.
-    (r"(?:(?<=[a-z]{2} )-)?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+\b|[a-z](?![\w']))?"
-     r"|[^\W\d_][\w']*|[^\s\w]|_", r" \g<0> "), (r"\s+", " "), (r"^ | $", ""),
-    (r"(?<![\w.])(?=\.\d)", "0"), (r"(\.\d*?)0+(?!\w)", r"\1"), (r"(?<=\d)\.(?= |$)", ""),  # 3.0
-    (EDGE + r"\( ([\d.]+|\w|-? ?√? ?(?:[\d.]+|[^\W\d]\w*)(?= \)(?! [\^!]))) \)", r"\1\2"),
-    (r"(?<=[\d)]) \( (\d[\d.]*) \)", r" * \1"),  # (3) is 3, 7(3) is 7 * 3; f(3), (-3)^2 stay
-    (r"(^|[^\w)^√/] )\( ([\w. √]+) \)(?= /)", r"\1\2"),  # (2√3)/5 is 2√3/5
-    (EDGE + r"(?:(-)|\+) (?=\d)", r"\1\2"),  # a sign, not a sum
-    (r"(?<=[\d)]) \*(?= [α-ω√(°]| (?:sin|cos|tan|log|ln)\b)", ""),  # 3 * sin is 3 sin
-    (rf"(?<=[\dπ)]) (?:(sq(?:uare)?)|cubic) ({UNIT})(?= |$)",  # 5 square cm is 5 cm^2
-     lambda m: f" {m[2]} ^ {2 if m[1] else 3}"),
-    (rf"(?<=[\dπ)]) ((?:° [cfk]|{UNIT})(?: / {UNIT})?)(?= |$)",  # one token
-     lambda m: " ~" + "".join(UNITS.get(token, token) for token in m[1].split()))]
+def plain(text):
+    """Each character as a reader sees it: no entities, tags, full-width Ａ or zero width."""
+    text = unicodedata.normalize("NFKC", replace(PLAIN, html.unescape(text).replace("º", "°")))
+    return re.sub(NO_WIDTH, "", text)
 
 @functools.lru_cache(maxsize=8192)  # each completion of a group asks for the same forms
 def canonical(text):
@@ -827,33 +810,28 @@ def canonical(text):
     '\frac{6}{3} = 2', '6÷3=2' and '6 divided by 3 equals 2' become '6 / 3 = 2'. A number is one
     token, so 3 is never found in 13, 3.5, 1,300 or -3. A unit after a number is one: '5 ~cm^2'.
     """
-    text = unicodedata.normalize("NFKC", replace(RAW, text)).lower()
-    return replace(FOLD, text.translate(SIGNS)).strip(" .,;:")
+    text = replace(LATEX, plain(text).lower()).translate(SIGNS)
+    tokens = TOKEN.findall(replace(TYPED, text))
+    return replace(GRAMMAR, f" {' '.join(tokens)} ").strip(" .,;:")
 
 def has_content(text):
     """Whether a section or an answer holds a letter or a digit."""
-    return bool(re.search(r"[^\W_]|∅", canonical((text or "")[:1000])))
+    return bool(re.search(r"[^\W_]|[∅∞]", canonical((text or "")[:1000])))
 
-PREFIX = re.compile(
-    r"\A[\s:=*]*(?:(?:so|thus|hence|therefore|then|in conclusion|the|my|our)[\s,]+)*(?:"
-    r"(?:(?:final|correct|right|best) )*(?:ans(?:wer)?|option|choice|result|solution)?"
-    r"(?: (?:is(?: equal to)?|(?:w|sh)ould be)\b|[\s*]*[:\n])[\s:*]*)?", re.I)
-REASON = re.compile(
-    r"[\s,;.(]{1,4}(?:because|since|explanation|reason(?:ing)?)\b.*"
-    r"|[,;.(\n]\s?(?:which|where|as|we|this|that|note)[\s:].*"
-    r"|\sis (?:the )?correct(?: answer| option| choice)?\W*\Z", re.I | re.S)
-BOX = r"\\(?:[fm]?box|boxed|text\w*|math\w+|underline|emph) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
-WRAPPED = re.compile(BOX + r"|\\[(\[](.*)\\[)\]]|\$([^$]*)\$|[\"“]([^\"]*)[\"”]|'([^']*)'", re.S)
+BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
+DECORATION = [
+    (r"(?is)(?:[,;.(\s]\s?(?:because|since|explanation)|[,;.(]\s?(?:as|which|where|this))\b.*", ""),
+    (r"(?i)\A[\s:=*`_]*(?:(?:so|thus|hence|therefore|the|my)[\s,]+)*(?:(?:final |correct )*"
+     r"(?:answer|option|choice|result)(?: is\b|[\s*]*[:\n])[\s:*]*)?", ""),
+    (r"(?<![\s*`_.])[\s*`_.]+\Z", "")]
+WRAPPED = re.compile(
+    rf"{BOX}|\\[(\[](.*)\\[)\]]|\$([^$]*)\$|[\"“']([^\"']*)[\"”']", re.S)
 
 def undecorated(text):
     """An answer without 'the answer is', a reason, bold, dollars, quotes and boxes around it."""
-    text = REASON.sub("", replace(INVISIBLE, text[:2000]).strip())
-    for _ in range(8):  # layers
-        text = PREFIX.sub("", text).strip(" \t\r\n*`_").rstrip(".")
-        inner = WRAPPED.fullmatch(text)
-        if not inner:
-            break
-        text = inner[inner.lastindex]
+    text = replace(DECORATION, plain(text[:2000]))
+    while inner := WRAPPED.fullmatch(text):
+        text = replace(DECORATION, inner[inner.lastindex])
     return text
 
 def final_answer(text):
@@ -863,59 +841,37 @@ def final_answer(text):
 
 # 'C', '(C)', 'C. 58', 'option C', 'Yes, the bars differ'; not 'A dog', 'A, B', 'A or C'.
 CHOICE = re.compile(
-    r"(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=\s?—|[.,:;\n]|\Z))"
-    r"[.,:;)]*(?=[\s—]|\Z)(?!.*(?:\bor\b|\([a-h]\)|\b(?:yes|no|true|false)\W*\Z))(.*)", re.I | re.S)
-SECOND_LETTER = re.compile(r"(?<![°\w])[A-H]\b(?! [a-z])|\b[A-H] and\b")
+    r"(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=[.,:;\n]|\Z))[.,:;)]*(?!\S)"
+    r"(?!.*(?:\bor\b|\([a-h]\)|(?<!°)(?-i:\b[A-H]\b(?! [a-z]))|\b(?:yes|no|true|false)\W*\Z))"
+    r"(.*)", re.I | re.S)
+NEGATION = r" (?:not?|non|none|nothing|never|without|cannot|neither|nor|≠|\w+n't) "
+NAME = re.compile(r"(?:angle \d+|[^\W\d]\w*| (?!\Z)){1,13}(?:\( [\w' ,]+ \))?")
+# What says more than a computation, in the sides of a chain of equalities: '3 or x', '2 y', '<'.
+ASIDE = r"[<>≤≥≠≈,;]|[\w)%] (?:[^\W\d]{2,}|[^\W\drdπ]\Z)|\d[a-z]\Z"
+POWERS = [(r" \* 10 \^ ", "e"), (" thousand", "e3"), (" million", "e6"), (" billion", "e9")]
+NUMBER = re.compile(  # integer, decimal, fraction, mixed, scientific
+    r"(?:\( )?(-?)(?:(\d+) (?=\d+ / ))?"
+    r"(\d+(?: / \d*[1-9]\d*|(?:\.\d+)?(?:e-?\d{1,3})?))(?: \))?")
 
-def split_choice(text):
-    """'(C) 58' → ('c', '58'), 'yes' → ('yes', ''); ('', text) if nothing is chosen."""
-    match = CHOICE.fullmatch(text)
-    if not match or SECOND_LETTER.search(match[2]):
-        return "", text
-    return match[1].lower(), match[2]
+def read_answer(text):
+    """Answer → (choice, name, value, unit). Numbers are read exactly, the rest stays text.
 
-NAME = re.compile(r"(?!.*\b(?:no(?:t|ne|thing)?|neither|never|cannot|\w+n't)\b)(?:(?:m )?angle \d+"
-                  r"|[^\W\d][\w']*(?: [^\W\d][\w']*){0,6}(?: \( [\w' ,]+ \))?)")
-# What says more than a computation, in the sides of a chain of equalities: '3 or x', '2x', '<'.
-ASIDE = r"[<>≤≥≠≈,;]|\d[a-z]\Z|[\w)%] (?:[^\W\d]{2,}|(?<!π )[^\W\d]\Z|[^\W\drd]\Z)"
-VALUE = re.compile(r"(-?)(?:(\d{1,60}) (?=\d+ / ))?(\d{1,60}(?:\.\d{1,60})?(?:e-?\d{1,3})?)"
-                   r"(?: / (\d{1,60}(?:\.\d{1,60})?))?")  # bounded: 1e999999999 fills no memory
-
-def split_value(text):
-    """Canonical answer → (name, value, unit): 'x = 10 / 2 = 5 ~cm' is ('x', '5', '~cm').
-
-    Of a chain of equalities the last side counts, if the others only compute it.
+    '(C) 58' → ('c', '', 58, None); 'x = 10/2 = 5 cm' → ('', 'x', 5, '~cm'): of a chain of
+    equalities the last side counts, if the others only compute it.
     """
-    name, (*sides, value) = "", text.split(" = ")
-    if sides and NAME.fullmatch(sides[0]):
+    text = undecorated(text or "")
+    choice, text = match.groups() if (match := CHOICE.fullmatch(text)) else ("", text)
+    name, (*sides, value) = "", (text := canonical(text)).split(" = ")
+    if sides and NAME.fullmatch(sides[0]) and not re.search(NEGATION, f" {sides[0]} "):
         name, *sides = sides
     work = re.sub(r" ~\S+|\b(?:sin|cos|tan|of|angle) ", "", " = ".join(sides))
     if not re.search(r"[\dπ]", value) or re.search(ASIDE if name else ASIDE + r"|[^\W\dπ]", work):
         name, value = "", text
     value, unit = re.fullmatch(r"(.*?)(?: (%|~\S+))?", value).groups()
-    return name, re.sub(r"\A\( ([^(),]*) \)\Z", r"\1", value), unit
-
-def read_number(text):
-    """Integer, decimal, fraction, mixed or scientific number → its exact value; else None."""
-    match = VALUE.fullmatch(text.replace(" * 10 ^ ", "e").replace(" thousand", "e3")
-                            .replace(" million", "e6").replace(" billion", "e9"))
-    if not match or match[4] and not Fraction(match[4]):
-        return None
-    sign, whole, top, bottom = match.groups()
-    value = Fraction(whole or 0) + Fraction(top) / Fraction(bottom or 1)
-    return -value if sign else value
-
-def same_value(a, b):
-    """same_answer for two canonical texts without a choice in front."""
-    (name_a, a, unit_a), (name_b, b, unit_b) = split_value(a), split_value(b)
-    if name_a and name_b and name_a != name_b or unit_a and unit_b and unit_a != unit_b:
-        return False
-    x, y = read_number(a), read_number(b)
-    if x is None or y is None:
-        return a == b
-    if unit_a != unit_b and "%" in (unit_a, unit_b):  # 50% is 50 and 0.5
-        return x in (y, 100 * y) if unit_a == "%" else y in (x, 100 * x)
-    return x == y
+    if match := NUMBER.fullmatch(replace(POWERS, value)):
+        value = Fraction(match[2] or 0) + Fraction(match[3].replace(" ", ""))
+        value = -value if match[1] else value
+    return choice.lower(), name, value, unit
 
 def same_answer(a, b):
     """Whether two answers say the same (ours). Symmetric; None and '' equal nothing.
@@ -925,12 +881,14 @@ def same_answer(a, b):
     """
     if max(len(a or ""), len(b or "")) > 1000:  # no honest answer
         return a == b
-    (choice_a, a), (choice_b, b) = (split_choice(undecorated(x or "")) for x in (a, b))
-    a, b = canonical(a), canonical(b)
-    same = bool(a and b) and same_value(a, b)
-    if choice_a and choice_b:
-        return choice_a == choice_b and (same or not (a and b))
-    return same
+    (choice, name, a, unit), (choice_b, name_b, b, unit_b) = read_answer(a), read_answer(b)
+    if choice and choice_b and (choice != choice_b or "" in (a, b)):
+        return choice == choice_b
+    if name and name_b and name != name_b or unit and unit_b and unit != unit_b:
+        return False
+    if unit != unit_b and "%" in (unit, unit_b):  # 50% is 50 and 0.5
+        return a in (b, 100 * b) if unit == "%" else b in (a, 100 * a)
+    return a == b != ""
 
 def parse_key_steps(value):
     """Key steps as users bring them → K groups, each a list of equivalent forms.
@@ -939,56 +897,47 @@ def parse_key_steps(value):
     "Steps" is used, also alone in a list; tuples and arrays as lists. ValueError: malformed.
     """
     value = json.loads(json.dumps(value, default=lambda array: array.tolist()))
-    value = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value
-    value = value.get("Steps") if isinstance(value, dict) else value
-    groups = [[x] if isinstance(x, str) else x for x in value] if isinstance(value, list) else []
-    for forms in groups or [value]:
-        texts = isinstance(forms, list) and all(isinstance(x, str) and canonical(x) for x in forms)
-        if not texts or not forms:
-            raise ValueError(f"key steps: no list of texts: {str(forms)[:80]}")
+    match value:
+        case [{"Steps": groups}, *_] | {"Steps": groups} | groups:
+            groups = groups if isinstance(groups, list) else []
+    groups = [forms if isinstance(forms, list) else [forms] for forms in groups]
+    for forms in groups or [[]]:
+        if not forms or not all(isinstance(x, str) and canonical(x) for x in forms):
+            raise ValueError(f"key steps: no list of texts: {str(forms or value)[:80]}")
     return groups
 
-NEGATION = re.compile(r"not?|non|never|without|cannot|neither|nor|≠|\w+n't")
-CLAUSE_ENDS = {*".,;:!?→", "but"}
-TIGHT = {*"*/^√‐_%±∶", "or", *"dozen hundred thousand million billion".split()}  # part of more
-GOES_ON = re.compile(  # as an equation does: a unit, a number, an operator, a variable, a function
-    r"[~\d+°!∪∩-]|-?(?![ai])[^\W\d]\Z|(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp|lim"
-    r"|max|min|mod|abs|det|over|twice|more|less|fewer)\Z").match
+DENIED = re.compile(NEGATION + r"(?:(?!but )[^ .,;:!?→]+ ){0,2}\Z")  # in its clause
+PART = r"[*/^√‐_%±∶]|or|dozen|hundred|thousand|[mb]illion"
+# An equation goes on with a unit, a number, an operator, a variable, a function.
+MORE = rf"{PART}|[~\d+°!∪∩-]\S*|(?![ai] )[^\W\d]|(?:sin|cos|tan)h?|log|ln|mod|more|less"
+
+def with_or_without_unit(match):
+    """Regular expression of a token in an equation: '180° - 57° = 123°' is '180 - 57 = 123'."""
+    unit = re.escape(match[2]) if match[2] else r" ~\S+"  # not 5 cm for 5 m
+    return rf"{re.escape(match[1])}(?:{unit})?"
 
 def says(step, form):
-    """Whether a step states a form, both as canonical tokens.
+    """Whether a step states a form, both canonical.
 
     Not if a word before it in its clause negates it, or "or" offers another. Not as a part of a
     longer number, fraction, product or hyphenated word; an equation not as a part of a longer one:
     'y = 2' in 'y = 2x + 1', 'x = 3' in 'log x = 3'.
     """
-    padded, size, equation = ["", *step, "", ""], len(form), {*"=<>≤≥≈"} & {*form}
-    denial = any(map(NEGATION.fullmatch, form))
-    for i in range(len(step) - size + 1):
-        if step[i:i + size] == form:
-            before, (after, beyond) = padded[i], padded[i + size + 1:i + size + 3]
-            clause = takewhile(lambda word: word not in CLAUSE_ENDS, step[max(0, i - 3):i][::-1])
-            negated = not denial and any(map(NEGATION.fullmatch, clause))
-            longer = equation and (before == ")" or GOES_ON(before) or GOES_ON(after)
-                                   or after in {*"([|"} and GOES_ON(beyond))
-            if not negated and not longer and not {before, after} & TIGHT:
-                return True
+    denies, part, pattern = re.search(NEGATION, f" {form} "), PART, re.escape(form)
+    if re.search("[=<>≤≥≈]", form):
+        part, pattern = MORE, re.sub(r"(\S+)( ~\S+)?", with_or_without_unit, form)
+    for match in re.finditer(rf"(?<= ){pattern} ", f" {step} "):
+        head, tail = match.string[:match.start()][-60:], match.string[match.end():]
+        tied = re.search(rf" (?:{part}) \Z", head) or re.match(rf"(?:[(\[|] )?(?:{part}) ", tail)
+        if not tied and (denies or not DENIED.search(head)):
+            return True
     return False
 
 def stated_key_steps(text, groups):
-    """For each step of a text the groups of which it states a form, as indices in order.
-
-    In an equation units may be left out on either side: '180° - 57° = 123°'.
-    """
-    def states(step, form):
-        s, f = (re.sub(r" ~\S+", "", x) if "=" in form else x for x in (step, form))
-        same = {*step.split()} & {*re.findall(r"~\S+", form)}  # not 5 cm for 5 m
-        pairs = {(step, form), (s, form), (step, f), (s, f if same else form)}
-        return any(says(s.split(), f.split()) for s, f in pairs)
-
+    """For each step of a text the groups of which it states a form, as indices in order."""
     steps = split_sections(text[:6000]).steps  # a hostile text costs bounded time
     steps = [canonical("\n" + step) for step in steps]  # \n: a bullet may open it
-    return [[i for i, forms in enumerate(groups) if any(states(step, canonical(form))
+    return [[i for i, forms in enumerate(groups) if any(says(step, canonical(form))
                                                         for form in forms)] for step in steps]
 
 # ─── 9. Data ──────────────────────────────────────────────────────────────────────────────────────

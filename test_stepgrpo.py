@@ -412,7 +412,7 @@ SAME = cases(r"""
     Saint Bernard → saint  bernard; 5 million → 5000000; Yes, the bars differ → yes; Ｂ → B
     \sqrt{x}y → √x y; AB // CD → AB \parallel CD; A^{\prime\prime} → A''; 5 cm squared → 5 cm²
     C = 2πr = 10π → 10\pi; 3 cm × 4 cm = 12 cm² → 12; 20% of 100 = 20 → 20; ∠A = ∠B = 40° → 40
-    The radius is 5 → 5; “Yes” → yes; 1 000 → 1000; Yes—they do → yes; <answer>7</answer> → 7
+    The radius is 5 → 5; “Yes” → yes; <answer>7</answer> → 7
     """ + "5\u200b → 5; cafe\u0301 → caf\xe9")
 DIFFERENT = cases(r"""
     C: 123 → C: 124; C: 123 → D: 123; A dog → A; A, B → A; A or C → A; (A) 5 (B) 6 → A
@@ -497,7 +497,7 @@ MATCH = cases(r"""
     90 degrees → 90°; **right triangle** here → right triangle; A Right Triangle. → right triangle
     not a right triangle → not a right triangle; It is not small. A right triangle → right triangle
     No, a right triangle → right triangle; we get x = 3 here → x = 3.; 7(3) = 21 → 7 × 3 = 21
-    not small, but a right triangle → right triangle; the triangle's area → triangle
+    not small, but a right triangle → right triangle
     180 - 57 = 123 → 180° - 57° = 123°; 3 km + 4 km = 7 km → 3 + 4 = 7; x = 5 cm → x = 5
     m\angle 4 = 57^{\circ} → m∠4 = 57°; In \triangle ABC → △ABC
     x = 3 (given) → x = 3; $5 + $3 = $8 → 5 + 3 = 8; 5 minutes later → 5 min
