@@ -737,58 +737,63 @@ def show(cfg, run, record, batch, texts, scores, advantages):
 # not understood stays in the text and makes it different. Nothing is evaluated.
 
 SIGNS = str.maketrans(
-    dict(zip("−–×·⋅∗∙÷∕⁄∆≦⩽≧⩾∼∣⇒’‘′“”", "--*****///δ≤≤≥≥~|→'''\"\"")) | {"—": ";"}
-    | dict.fromkeys("∠∡", " angle ") | dict.fromkeys("△▵", " triangle "))
-NAMED = {  # typed (90 degrees) or as a LaTeX command (90^\circ)
-    "*": "times|multiplied by|cdot", "/": "divided by", "+": "plus", "-": "minus",
-    "=": r"equals|(?:is )?equal to|is(?= +[-\d√π])", "≠": "neq", "√": "sqrt|square root of",
-    "π": "pi", "°": "degrees?|circ", "%": "per ?cent", "^2 ": "squared", "∞": "infty|infinity"}
+    dict(zip("−–×·⋅∗÷∕⁄∆≦⩽≧⩾∼∣’‘′“”", "--****///δ≤≤≥≥~|'''\"\"")) | {"—": ";"}
+    | {"∛": "√[3]"} | dict.fromkeys("∠∡", " angle ") | dict.fromkeys("△▵", " triangle "))
+# By name, typed (90 degrees) or as a LaTeX command (90^\circ).
+NAMED = {
+    "*": "times|multiplied by|cdot", "/": "divided by", "+": "plus", "-": "minus", "≠": "neq",
+    "√": "sqrt|square root of", "π": "pi", "°": "degrees?|circ", "%": "per ?cent", "∞": "infty",
+    "^2 ": "squared", "=": r"equals|(?:is )?equal to|is(?= +[-\d√π{])"}
 # Nothing else is a unit: '4 sin θ' is not 4 of the unit sin θ. The first name stands for all.
 UNITS = {name + s: names[0] for s in ("", "s") for names in map(str.split, """
-    m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre;
-    in inch inche; ft foot feet; yd yard; mi mile; g gram; kg kilogram; lb pound; oz ounce; ml;
-    l liter litre; s sec second; min minute; h hr hour; day; week; month; year; mph; °; unit;
-    $ dollar; cent ¢; € euro; ¥ yen; £; am; pm""".split(";")) for name in names}
+    m meter metre; cm centimeter centimetre; mm millimeter; km kilometer; in inch inche; mi mile;
+    ft foot feet; yd yard; g gram; kg kilogram; lb pound; l liter litre; s sec second;
+    ml; °; min minute; h hr hour; day; week; month; year; mph; $ dollar; cent ¢; € euro; unit
+    """.split(";")) for name in names}
 UNIT = rf"(?:{'|'.join(map(re.escape, UNITS))})(?: \^ [23])?"
-OPENS = r"(?<![\w)\]⦄%°'!$¢€£¥] )"  # no operand stands before
+OPENS = r"(?<![\w)\]⦄%°'!$€] )"
 
+# Rules: a pattern, its replacement, and what it is for. The order counts.
 PLAIN = [
-    (r"(?i)</?(?:br|p|b|i|em|strong|answer|conclusion) ?/?>", " "),
-    (r"⁻?[⁰¹²³⁴-⁹]+|ⁿ", r"^\g<0> "), (r"[₀-₉]+", r"_\g<0> "),  # x⁴ is x^4
+    (r"(?i)</?(?:br|b|answer|conclusion)[ /]*>", " "), ("º", "°"),
+    (r"[\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe0f\ufeff]", ""),
+    (r"⁻?[⁰¹²³⁴-⁹]+|ⁿ", r"^\g<0> "),  # x⁴ is x^4
+    (r"[₀-₉]+", r"_\g<0> "),
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 2½ is 2 1/2
     (r"(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
-NO_WIDTH = r"[\u00ad\u034f\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe0f\ufeff]"
+BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 LATEX = [
     (r"(?:,?\\[,!]|\{,\})(?=\d{3})", ","),  # 1{,}234
-    (r"\$\$|`|\\(?:left|right|boxed)(?![a-z])|\\[,;:!()\[\] ]|(?<=\S)~", " "),
+    (r"\$\$|`|\\(?:left|right)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
     (r"(?<!\\)\$(?! )([^$\n]+)(?<![ \\])\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
-    (r"\n\s*(?:[-*•] )?|\\\\", " ; "),  # a bullet is no minus
-    (r"\\?([$€£¥]) ?(-?\d[\d,]*(?:\.\d+)?)", r"\2 \1 "),  # $5 is 5 $
+    *2 * [(BOX, r" \1 ")],
+    (r"\n\s*(?:[-*•] )?|\\\\", " ; "),
+    (r"\\?([$€£¥]) ?(-?\d(?:[\d.,]*\d)?)", r"\2 \1 "),  # $5 is 5 $
     (r"\\([%$&#_|])", r"\1"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
-    (r"\\[dt]?frac(\d)(\d)", r" \1/\2"), (r"\\[dt]?frac ?(?=\{)", " "), (r"\} ?\{", "}/{"),
-    (r"\\(?:text|math|mbox)[a-z]* ?\{([^{}]*)\}", r" \1 "),
+    (r"\\[dt]?frac(\d)(\d)", r" \1/\2"),
+    (r"\\[dt]?frac ?(?=\{)", " "), (r"\} ?\{", "}/{"),
     *((rf"(?<![a-z])\\?(?:{names})(?![a-z])", f" {sign}") for sign, names in NAMED.items()),
     # HTML's entities have LaTeX's names: \leq is &leq; is ≤.
     (r"\\([a-z]+)", lambda m: html.entities.html5.get(m[1] + ";", f" {m[1]} ")),
-    *4 * [(r"\{ *(-?[\d.]+|[^\W\d]\w*|\W?) *\}", r" \1 "),  # from the innermost outwards
+    *4 * [(r"\{ *(-?[\d.]+|[^\W\d]\w*|\W?) *\}", r" \1 "),  # innermost first
           (r"\{([^{}]*,[^{}]*)\}", r" ⦃\1⦄ "), (r"\{([^{}]*)\}", r" (\1) ")]]
 TYPED = [
     ("<=", "≤"), (">=", "≥"), (r"!=|=/=|not =", "≠"), (r"\|\||//", "∥"),
-    (r"(?<!\d)\"|\*\*+", " "),  # but 5" is inches
+    (r"(?<!\d)\"|\*\*+", " "),  # not 5"
     (r"[\^*] *\(? ?([°']+) ?\)?", r"\1"),  # 90^{\circ}
-    (r"(?<=\d) ?x ?(?=\d)", "*"), (r"(?<=\d) ?: ?(?=\d)", "∶"),  # 3 x 4; 3:4 is a ratio
-    (r"(?<![\d.,(\[|⦃])\d{1,3}(?:,\d{3})+(?!,?\d| ?[)\]|⦄])",
-     lambda m: m[0].replace(",", ""))]  # 1,234; not in (1,234)
-TOKEN = re.compile(  # a number, perhaps with a letter; a Greek letter; a word; any other sign
+    (r"(?<=\d) ?x ?(?=\d)", "*"), (r"(?<=\d) ?: ?(?=\d)", "∶"),
+    (r"(?<![\d.,(\[|⦃])\d{1,3}(?:,\d{3})+(?!,?\d)",
+     lambda m: m[0].replace(",", ""))]  # 1,234, not (1,234)
+# A number, perhaps with a letter; a Greek letter; a word; any other sign.
+TOKEN = re.compile(
     r"\d*\.?\d+(?:e[-+]?\d+\b|[a-z](?![\w']))?|[α-ω]|[^\W\d_α-ω](?:[^\W_α-ω]|')*|[^\s\w]|_")
-GRAMMAR = [  # on tokens between spaces
+GRAMMAR = [
     (r" \.(?=\d)", " 0."), (r"(\.\d*?[1-9])0+(?= )|\.0+(?= )", r"\1"),  # .50 is 0.5
-    (r"(?<=[\dπ)]) (?:sq|square) (\S+)", r" \1 ^ 2"),  # 5 square cm
-    (r"(?<=[\dπ)]) cubic (\S+)", r" \1 ^ 3"),
+    (rf"(?<=\d) sq(?:uare)? ({UNIT}) ", r" \1 ^ 2 "), (rf"(?<=\d) cubic ({UNIT}) ", r" \1 ^ 3 "),
     (rf"(?<=[\dπ)]) ((?:° [cf]|{UNIT})(?: / {UNIT})?)(?= )",
      lambda m: " ~" + "".join(UNITS.get(x, x) for x in m[1].split())),
-    (rf"{OPENS}(?:(-)|\+) (?=\d)", r"\1"),  # -3: a sign, not a difference
-    (rf"{OPENS}\( (-? ?√? ?(?:[\d.]+|[^\W\d]\w*)) \)(?! [\^!])", r"\1"),  # (3); not f(3), (-3)^2
+    (rf"{OPENS}(?:(-)|\+) (?=\d)", r"\1"),  # -3
+    (rf"{OPENS}\( (-? ?√? ?(?:[\d.]+|[^\W\d]\w*)) \)(?! [\^!])", r"\1"),  # not f(3)
     (rf"{OPENS}(?<![\^√/] )\( ([\w. √]+) \)(?= /)", r"\1"),  # (2√3)/5
     (r"(?<=[\d)]) \( (\d[\d.]*) \)", r" * \1"),  # 7(3)
     (r"(?<=[\d)π]) \*(?= [√(α-ω]| [a-z] )", ""), (r"(?<=\d) (?=[b-z] )", "")]  # 2 * x is 2x
@@ -800,15 +805,14 @@ def replace(rules, text):
 
 def plain(text):
     """Each character as a reader sees it: no entities, tags, full-width Ａ or zero width."""
-    text = unicodedata.normalize("NFKC", replace(PLAIN, html.unescape(text).replace("º", "°")))
-    return re.sub(NO_WIDTH, "", text)
+    return unicodedata.normalize("NFKC", replace(PLAIN, html.unescape(text)))
 
-@functools.lru_cache(maxsize=8192)  # each completion of a group asks for the same forms
+@functools.lru_cache(8192)
 def canonical(text):
     r"""One spelling for all ways to write the same: tokens joined by single spaces (ours).
 
     '\frac{6}{3} = 2', '6÷3=2' and '6 divided by 3 equals 2' become '6 / 3 = 2'. A number is one
-    token, so 3 is never found in 13, 3.5, 1,300 or -3. A unit after a number is one: '5 ~cm^2'.
+    token, so 3 is not found in 13, 3.5, 1,300 or -3. So is a unit after a number: '5 ~cm^2'.
     """
     text = replace(LATEX, plain(text).lower()).translate(SIGNS)
     tokens = TOKEN.findall(replace(TYPED, text))
@@ -818,20 +822,19 @@ def has_content(text):
     """Whether a section or an answer holds a letter or a digit."""
     return bool(re.search(r"[^\W_]|[∅∞]", canonical((text or "")[:1000])))
 
-BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
-DECORATION = [
-    (r"(?is)(?:[,;.(\s]\s?(?:because|since|explanation)|[,;.(]\s?(?:as|which|where|this))\b.*", ""),
+WRAPPED = re.compile(rf"{BOX}|\\[(\[](.*)\\[)\]]|\$([^$]*)\$|[\"“']([^\"']*)[\"”']", re.S)
+ASIDE = [
+    (r"(?is)(?<=\S)(?:[,;.(\s]{1,3}(?:because|since|explanation)|[,;.(] ?(?:as|this))\b.*", ""),
     (r"(?i)\A[\s:=*`_]*(?:(?:so|thus|hence|therefore|the|my)[\s,]+)*(?:(?:final |correct )*"
      r"(?:answer|option|choice|result)(?: is\b|[\s*]*[:\n])[\s:*]*)?", ""),
     (r"(?<![\s*`_.])[\s*`_.]+\Z", "")]
-WRAPPED = re.compile(
-    rf"{BOX}|\\[(\[](.*)\\[)\]]|\$([^$]*)\$|[\"“']([^\"']*)[\"”']", re.S)
 
+@functools.lru_cache(8192)
 def undecorated(text):
     """An answer without 'the answer is', a reason, bold, dollars, quotes and boxes around it."""
-    text = replace(DECORATION, plain(text[:2000]))
+    text = replace(ASIDE, plain(text[:2000]))
     while inner := WRAPPED.fullmatch(text):
-        text = replace(DECORATION, inner[inner.lastindex])
+        text = replace(ASIDE, inner[inner.lastindex])
     return text
 
 def final_answer(text):
@@ -841,47 +844,39 @@ def final_answer(text):
 
 # 'C', '(C)', 'C. 58', 'option C', 'Yes, the bars differ'; not 'A dog', 'A, B', 'A or C'.
 CHOICE = re.compile(
-    r"(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=[.,:;\n]|\Z))[.,:;)]*(?!\S)"
+    r"(?:(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=[.,:;\n]|\Z))[.,:;)]*(?!\S)"
     r"(?!.*(?:\bor\b|\([a-h]\)|(?<!°)(?-i:\b[A-H]\b(?! [a-z]))|\b(?:yes|no|true|false)\W*\Z))"
-    r"(.*)", re.I | re.S)
+    r")?(.*)", re.I | re.S)
 NEGATION = r" (?:not?|non|none|nothing|never|without|cannot|neither|nor|≠|\w+n't) "
-NAME = re.compile(r"(?:angle \d+|[^\W\d]\w*| (?!\Z)){1,13}(?:\( [\w' ,]+ \))?")
-# What says more than a computation, in the sides of a chain of equalities: '3 or x', '2 y', '<'.
-ASIDE = r"[<>≤≥≠≈,;]|[\w)%] (?:[^\W\d]{2,}|[^\W\drdπ]\Z)|\d[a-z]\Z"
-POWERS = [(r" \* 10 \^ ", "e"), (" thousand", "e3"), (" million", "e6"), (" billion", "e9")]
-NUMBER = re.compile(  # integer, decimal, fraction, mixed, scientific
-    r"(?:\( )?(-?)(?:(\d+) (?=\d+ / ))?"
-    r"(\d+(?: / \d*[1-9]\d*|(?:\.\d+)?(?:e-?\d{1,3})?))(?: \))?")
+NAME = re.compile(r"(?:(?:angle \d+|[^\W\d][\w']*)(?: |\Z)){1,7}(?:\( [\w' ,]+ \))?")
+NUMBER = re.compile(r"(?:\( )?(-?)(?:(\d+) (?=\d+ / ))?"
+                    r"(\d+(?: / \d*[1-9]\d*|(?:\.\d+)?(?:e-?\d{1,3})?))(?: \))?")
 
 def read_answer(text):
-    """Answer → (choice, name, value, unit). Numbers are read exactly, the rest stays text.
-
-    '(C) 58' → ('c', '', 58, None); 'x = 10/2 = 5 cm' → ('', 'x', 5, '~cm'): of a chain of
-    equalities the last side counts, if the others only compute it.
-    """
-    text = undecorated(text or "")
-    choice, text = match.groups() if (match := CHOICE.fullmatch(text)) else ("", text)
-    name, (*sides, value) = "", (text := canonical(text)).split(" = ")
+    """'(C) 58' → ('c', '', 58, None), 'x = 10/2 = 5 cm' → ('', 'x', 5, '~cm'): choice, name, value,
+    unit. Of a chain of equalities the last side counts, if the others only compute it."""
+    choice, text = CHOICE.fullmatch(undecorated(text or "")).groups("")
+    text = canonical(text)
+    name, (*sides, value) = "", text.split(" = ")
     if sides and NAME.fullmatch(sides[0]) and not re.search(NEGATION, f" {sides[0]} "):
         name, *sides = sides
     work = re.sub(r" ~\S+|\b(?:sin|cos|tan|of|angle) ", "", " = ".join(sides))
-    if not re.search(r"[\dπ]", value) or re.search(ASIDE if name else ASIDE + r"|[^\W\dπ]", work):
+    # '3 or x', '2 y' and '<' say more than a computation. Without a name any letter does.
+    more = r"[\w)%] (?:[^\W\d]{2,}|[^\W\drdπ]\Z)|\d[a-z]\Z" if name else r"[^\W\dπ]"
+    if not re.search(r"[\dπ]", value) or re.search(rf"[<>≤≥≠≈,;]|{more}", work):
         name, value = "", text
     value, unit = re.fullmatch(r"(.*?)(?: (%|~\S+))?", value).groups()
-    if match := NUMBER.fullmatch(replace(POWERS, value)):
+    if match := NUMBER.fullmatch(value.replace(" * 10 ^ ", "e")):
         value = Fraction(match[2] or 0) + Fraction(match[3].replace(" ", ""))
         value = -value if match[1] else value
     return choice.lower(), name, value, unit
 
 def same_answer(a, b):
-    """Whether two answers say the same (ours). Symmetric; None and '' equal nothing.
-
-    Equal are equal canonical texts, and equal numbers with the same unit or one without. A letter,
-    yes or no decides if both sides have one. Never by containment: '12' does not hold '2'.
-    """
-    if max(len(a or ""), len(b or "")) > 1000:  # no honest answer
+    """Whether two answers say the same (ours): equal texts, or equal numbers with the same unit or
+    one without. A letter, yes or no decides if both have one. None and '' equal nothing."""
+    if max(len(a or ""), len(b or "")) > 1000:
         return a == b
-    (choice, name, a, unit), (choice_b, name_b, b, unit_b) = read_answer(a), read_answer(b)
+    (choice, name, a, unit), (choice_b, name_b, b, unit_b) = map(read_answer, (a, b))
     if choice and choice_b and (choice != choice_b or "" in (a, b)):
         return choice == choice_b
     if name and name_b and name != name_b or unit and unit_b and unit != unit_b:
@@ -891,41 +886,34 @@ def same_answer(a, b):
     return a == b != ""
 
 def parse_key_steps(value):
-    """Key steps as users bring them → K groups, each a list of equivalent forms.
-
-    Takes a list of groups (lists of forms, or bare forms), or the dict of R1-VL-10K, of which only
-    "Steps" is used, also alone in a list; tuples and arrays as lists. ValueError: malformed.
-    """
-    value = json.loads(json.dumps(value, default=lambda array: array.tolist()))
-    match value:
-        case [{"Steps": groups}, *_] | {"Steps": groups} | groups:
-            groups = groups if isinstance(groups, list) else []
-    groups = [forms if isinstance(forms, list) else [forms] for forms in groups]
-    for forms in groups or [[]]:
-        if not forms or not all(isinstance(x, str) and canonical(x) for x in forms):
-            raise ValueError(f"key steps: no list of texts: {str(forms or value)[:80]}")
+    """Key steps as users bring them → K groups, each a list of equivalent forms. Takes a list of
+    groups or bare forms, or the dict of R1-VL-10K, of which only "Steps" is used, also alone in a
+    list; tuples and arrays as lists. ValueError: malformed."""
+    groups = []
+    match json.loads(json.dumps(value, default=lambda array: array.tolist())):
+        case [{"Steps": [*found]}, *_] | {"Steps": [*found]} | [*found]:
+            groups = [forms if isinstance(forms, list) else [forms] for forms in found]
+    for form in (x for forms in groups or [[]] for x in forms or [[value]]):
+        if not isinstance(form, str) or not canonical(form):
+            raise ValueError(f"key steps: no list of texts: {str(form)[:80]}")
     return groups
 
-DENIED = re.compile(NEGATION + r"(?:(?!but )[^ .,;:!?→]+ ){0,2}\Z")  # in its clause
+DENIED = re.compile(NEGATION + r"(?:(?!but )[^ .,;:!?→]+ ){0,2}\Z")
 PART = r"[*/^√‐_%±∶]|or|dozen|hundred|thousand|[mb]illion"
 # An equation goes on with a unit, a number, an operator, a variable, a function.
 MORE = rf"{PART}|[~\d+°!∪∩-]\S*|(?![ai] )[^\W\d]|(?:sin|cos|tan)h?|log|ln|mod|more|less"
 
-def with_or_without_unit(match):
-    """Regular expression of a token in an equation: '180° - 57° = 123°' is '180 - 57 = 123'."""
-    unit = re.escape(match[2]) if match[2] else r" ~\S+"  # not 5 cm for 5 m
-    return rf"{re.escape(match[1])}(?:{unit})?"
-
 def says(step, form):
-    """Whether a step states a form, both canonical.
-
-    Not if a word before it in its clause negates it, or "or" offers another. Not as a part of a
-    longer number, fraction, product or hyphenated word; an equation not as a part of a longer one:
-    'y = 2' in 'y = 2x + 1', 'x = 3' in 'log x = 3'.
-    """
-    denies, part, pattern = re.search(NEGATION, f" {form} "), PART, re.escape(form)
+    """Whether a step states a form, both canonical. Not if its clause denies it, or "or" offers
+    another; not as a part of a fraction, a product or a longer equation: 'y = 2' in 'y = 2x'."""
+    def with_or_without_unit(match):  # '180° - 57° = 123°' is '180 - 57 = 123'
+        unit = re.escape(match[2]) if match[2] else r" ~\S+"
+        return rf"{re.escape(match[1])}(?:{unit})?"
+    part, pattern = PART, re.escape(form)
     if re.search("[=<>≤≥≈]", form):
-        part, pattern = MORE, re.sub(r"(\S+)( ~\S+)?", with_or_without_unit, form)
+        part = MORE
+        pattern = r"(?<!\) )" + re.sub(r"(\S+)( ~\S+)?", with_or_without_unit, form)
+    denies = re.search(NEGATION, f" {form} ")
     for match in re.finditer(rf"(?<= ){pattern} ", f" {step} "):
         head, tail = match.string[:match.start()][-60:], match.string[match.end():]
         tied = re.search(rf" (?:{part}) \Z", head) or re.match(rf"(?:[(\[|] )?(?:{part}) ", tail)
@@ -935,10 +923,9 @@ def says(step, form):
 
 def stated_key_steps(text, groups):
     """For each step of a text the groups of which it states a form, as indices in order."""
-    steps = split_sections(text[:6000]).steps  # a hostile text costs bounded time
-    steps = [canonical("\n" + step) for step in steps]  # \n: a bullet may open it
-    return [[i for i, forms in enumerate(groups) if any(says(step, canonical(form))
-                                                        for form in forms)] for step in steps]
+    steps = [canonical("\n" + step) for step in split_sections(text[:6000]).steps]
+    return [[i for i, forms in enumerate(groups) if any(says(step, canonical(x)) for x in forms)]
+            for step in steps]
 
 # ─── 9. Data ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -409,7 +409,7 @@ SAME = cases(r"""
     5 square centimeters → 5 cm²; 5 cubic feet → 5 ft^3
     \frac{\sqrt{30}}{2} → √30/2; y=-2 x+5 → $y = -2x + 5$; x >= 3 → x ≥ 3; x \ne 3 → x != 3
     \angle ABC → ∠ABC; \theta → θ; AB \perp CD → AB ⊥ CD; x⁴ → x^4; \odot O → ⊙O; yes → Yes.
-    Saint Bernard → saint  bernard; 5 million → 5000000; Yes, the bars differ → yes; Ｂ → B
+    Saint Bernard → saint  bernard; Yes, the bars differ → yes; Ｂ → B
     \sqrt{x}y → √x y; AB // CD → AB \parallel CD; A^{\prime\prime} → A''; 5 cm squared → 5 cm²
     C = 2πr = 10π → 10\pi; 3 cm × 4 cm = 12 cm² → 12; 20% of 100 = 20 → 20; ∠A = ∠B = 40° → 40
     The radius is 5 → 5; “Yes” → yes; <answer>7</answer> → 7
