@@ -19,8 +19,8 @@ them at first reading. Three differences from the paper's code change results (R
 
     1. A completion without an answer scores 0, as the paper says; the code pays its key steps.
     2. The answer is read from its own section; the code searches the whole text for it.
-    3. Key steps match whole words and numbers, and one step earns only some of them: a list of all
-       key words in one step earns a part of k. The code looks for substrings.
+    3. Key steps match as whole words, and one step earns only some of them, so a list of all key
+       words earns a part of k. The code looks for substrings.
 
 A completion is what the model writes after a prompt; the paper calls it a reasoning path. Letters:
 
@@ -46,7 +46,6 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
