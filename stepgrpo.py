@@ -325,11 +325,13 @@ class Processor:
         return Prompt(ids, positions[:, 0], pixels, grids)
 
 def stack_prompts(prompts, padding, device):
-    """Q prompts → ids (Q, P), positions (3, Q, P), lengths (Q,), padded on the right."""
-    ids = pad_sequence([p.ids for p in prompts], True, padding)
+    """Q prompts, padded right → ids, positions (3, Q, P), is_real (Q, P), index of last tokens."""
+    ids = pad_sequence([p.ids for p in prompts], True, padding)  # (Q, P)
     positions = pad_sequence([p.positions.T for p in prompts], True).permute(2, 0, 1)
-    lengths = torch.tensor([len(p.ids) for p in prompts])
-    return ids.to(device), positions.to(device), lengths.to(device)
+    lengths = torch.tensor([len(p.ids) for p in prompts], device=device)  # (Q,)
+    is_real = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # (Q, P)
+    last = torch.arange(len(prompts), device=device), lengths - 1
+    return ids.to(device), positions.to(device), is_real, last
 
 def embed(model, ids, prompts):
     """ids (Q, N) → (Q, N, H), with the features of all images. One pass of the vision tower."""
@@ -434,15 +436,15 @@ def completion_logps(model, processor, prompts, completions, temperature=1.0):
     sizes = torch.tensor([len(ids) for ids in own_ids], device=device)  # (B,)
     mask = columns < sizes[:, None]  # (B, C)
     # A row is a prompt, then its G completions. Each goes on at the position after the prompt.
-    ids, positions, lengths = stack_prompts(prompts, processor.eos[0], device)
-    P, last = ids.shape[1], (torch.arange(Q, device=device), lengths - 1)  # last token of each
+    ids, positions, is_real, last = stack_prompts(prompts, processor.eos[0], device)
+    P = ids.shape[1]
     own_positions = (positions[:, *last][..., None] + 1 + columns).repeat(1, 1, G)  # (3, Q, G·C)
     ids = torch.cat([ids, own.view(Q, -1)], 1)  # (Q, N)
     positions = torch.cat([positions, own_positions], 2)  # (3, Q, N)
     # A completion sees the real tokens of its prompt, and its own up to the present one.
-    sees_prompt = torch.arange(P, device=device) < lengths[:, None, None, None]  # (Q, 1, 1, P)
+    sees_prompt = is_real[:, None, None].expand(Q, 1, C, P)
     sees_own = (columns <= columns[:, None]).expand(Q, 1, C, C)
-    visible = torch.cat([sees_prompt.expand(Q, 1, C, P), sees_own], -1)  # (Q, 1, C, P + C)
+    visible = torch.cat([sees_prompt, sees_own], -1)  # (Q, 1, C, P + C)
     attend = functools.partial(group_attention, P, G, visible)
     hidden = forward(model, ids, positions, prompts, attend)  # (Q, N, H)
     # A token is predicted from the state before it; the first one from the prompt's last.
@@ -507,21 +509,18 @@ class Decoder:
             self.own_cache.append(empty)  # zeros: 0 · nan would be nan
             return prompt_attention(q, k, v)
 
-        ids, positions, lengths = stack_prompts(prompts, processor.eos[0], device)
+        ids, positions, is_real, last = stack_prompts(prompts, processor.eos[0], device)
         hidden = forward(model, ids, positions, prompts, attend)  # (Q, P, H)
-        last = torch.arange(Q, device=device), lengths - 1
         self.hidden = hidden[last].repeat_interleave(G, 0)  # (B, H): predicts the next token
         self.columns = torch.arange(C, device=device)
-        padding = torch.arange(ids.shape[1], device=device) >= lengths[:, None]  # (Q, P)
-        self.padding = padding[:, None, None, None]  # (Q, 1, 1, 1, P)
+        self.padding = ~is_real[:, None, None, None]  # (Q, 1, 1, 1, P)
         next_position = positions[:, *last].repeat_interleave(G, 1) + 1  # (3, B)
         to_come = next_position[:, None] + self.columns[:, None]  # (3, C, B)
         self.cos, self.sin = rope_tables(model, to_come, hidden)  # (C, B, 1, D)
         self.uniform = uniform.flatten(0, 1).T.to(device)  # (C, B)
-        zeros = functools.partial(torch.zeros, device=device)
-        self.c = zeros(1, dtype=torch.long)  # tokens so far; on the device, so a graph can count
-        self.ids = zeros(C, Q * G, dtype=torch.long)
-        self.logps, self.ended = zeros(C, Q * G), zeros(Q * G, dtype=torch.bool)
+        self.c = ids.new_zeros(1)  # tokens so far; on the device, so a graph can count
+        self.ids, self.logps = ids.new_zeros(C, Q * G), torch.zeros_like(self.uniform)
+        self.ended = is_real.new_zeros(Q * G)
         self.banned = processor.banned.to(device)
         self.eos = torch.tensor(processor.eos, device=device)
 
@@ -660,7 +659,7 @@ def train(cfg, run, policy, reference, processor, rows, optimizer):
                   **summarize(scores, rewards, sampled.ids, processor.eos),
                   "seconds": time.perf_counter() - began}
         run.log("metrics.jsonl", record)
-        show(cfg, run, record, batch, sampled.texts, scores, advantages)
+        show(cfg, run, record, batch, sampled.texts, scores, rewards, advantages)
         run.end_update(policy, processor, optimizer)
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════
@@ -696,8 +695,8 @@ def check_sampling_gap(gap, dtype):
     """Log-probs from sampling and from the update's forward may differ by rounding only: up to 0.07
     on average in bf16 with 28 layers of random weights. A wrong mask or position makes 0.5."""
     if not gap < (0.05 if dtype == torch.float32 else 0.25):
-        raise UserError(f"log-probs of sampling and update differ by {gap:.3f} on average: one of "
-                        "them is wrong here. Try --device cpu, or the versions in requirements.txt")
+        raise UserError(f"log-probs of sampling and update differ by {gap:.3f} on average: one is "
+                        "wrong here. Try --device cpu, or the versions in requirements.txt")
 
 def chunks(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
@@ -712,7 +711,7 @@ def shuffled(size, seed, epoch):
     """The order of the rows in an epoch."""
     return random.Random(f"{seed} {epoch}").sample(range(size), size)
 
-def show(cfg, run, record, batch, texts, scores, advantages):
+def show(cfg, run, record, batch, texts, scores, rewards, advantages):
     """A line per update; every so often, best and worst of the group whose rewards differ most."""
     tqdm.write("update {step:5d}/{of}  reward {reward:.3f}  right {right:.2f}  k {k:.2f}  "
                "valid {step_validity:.2f}  KL {kl:.4f}  len {length:3.0f}  flat {flat_groups}  "
@@ -720,8 +719,7 @@ def show(cfg, run, record, batch, texts, scores, advantages):
     if (record["step"] - 1) % cfg.show_every:
         return
     hours = record["seconds"] * (cfg.steps - record["step"]) / 3600
-    spread = [max(s["reward"] for s in group) - min(s["reward"] for s in group) for group in scores]
-    q = spread.index(max(spread))
+    q = rewards.std(1).argmax().item()
     row, A = batch[q], advantages[q].tolist()
     group = [{"text": text, **s, "advantage": a} for text, s, a in zip(texts[q], scores[q], A)]
     run.log("samples.jsonl", {"step": record["step"], **row._asdict(), "completions": group})
@@ -734,7 +732,6 @@ def show(cfg, run, record, batch, texts, scores, advantages):
 
 # A reward must never pay a wrong answer. So only what is surely the same gets one spelling; what is
 # not understood stays in the text and makes it different. Nothing is evaluated.
-
 SIGNS = str.maketrans(
     dict(zip("−–×·⋅∗÷∕⁄∆≦⩽≧⩾∼∣’‘′“”", "--****///δ≤≤≥≥~|'''\"\"")) | {"—": ";"}
     | {"∛": "√[3]"} | dict.fromkeys("∠∡", " angle ") | dict.fromkeys("△▵", " triangle "))

@@ -1525,8 +1525,8 @@ def test_the_group_whose_rewards_differ_most_is_shown_and_logged(capsys):
     record = dict.fromkeys(("step", "reward", "right", "k", "step_validity", "kl", "length",
                             "flat_groups", "seconds"), 1)
     texts = [["a", "b"], ["worst", "best"], ["c", "d"]]
-    A = sg.group_advantages(torch.tensor([[1., 1], [0, 2], [0, 1]]))
-    sg.show(cfg, run, record, batch, texts, scores, A)
+    rewards = torch.tensor([[1., 1], [0, 2], [0, 1]])
+    sg.show(cfg, run, record, batch, texts, scores, rewards, sg.group_advantages(rewards))
     assert logged[0]["problem"] == "question 1" and len(logged[0]["completions"]) == 2
     printed = capsys.readouterr().out
     assert printed.index("best") < printed.index("worst") and "question 1" in printed
