@@ -733,7 +733,7 @@ def show(cfg, run, record, batch, texts, scores, rewards, advantages):
 # A reward must never pay a wrong answer. So only what is surely the same gets one spelling; what is
 # not understood stays in the text and makes it different. Nothing is evaluated.
 SIGNS = str.maketrans(
-    dict(zip("−–×·⋅∗÷∕⁄∆≦⩽≧⩾∼∣’‘′“”", "--****///δ≤≤≥≥~|'''\"\"")) | {"—": ";"}
+    dict(zip("−–×·⋅∗∙÷∕⁄∆≦⩽≧⩾∼∣⇒’‘′“”", "--*****///δ≤≤≥≥~|→'''\"\"")) | {"—": ";"}
     | {"∛": "√[3]"} | dict.fromkeys("∠∡", " angle ") | dict.fromkeys("△▵", " triangle "))
 # By name, typed (90 degrees) or as a LaTeX command (90^\circ).
 NAMED = {
@@ -744,8 +744,8 @@ NAMED = {
 UNITS = {name + s: names[0] for s in ("", "s") for names in map(str.split, """
     m meter metre; cm centimeter centimetre; mm millimeter; km kilometer; in inch inche; mi mile;
     ft foot feet; yd yard; g gram; kg kilogram; lb pound; l liter litre; s sec second;
-    ml; °; min minute; h hr hour; day; week; month; year; mph; $ dollar; cent ¢; € euro; unit
-    """.split(";")) for name in names}
+    ml; °; min minute; h hr hour; day; week; month; year; mph; $ dollar; cent ¢; € euro; unit;
+    ¥ yen; £; rad radian; oz ounce""".split(";")) for name in names}
 UNIT = rf"(?:{'|'.join(map(re.escape, UNITS))})(?: \^ [23])?"
 OPENS = r"(?<![\w)\]⦄%°'!$€] )"
 
@@ -754,45 +754,45 @@ PLAIN = [
     (r"(?i)</?(?:br|b|answer|conclusion)[ /]*>", " "), ("º", "°"),
     (r"[\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe0f\ufeff]", ""),
     (r"⁻?[⁰¹²³⁴-⁹]+|ⁿ", r"^\g<0> "),  # x⁴ is x^4
-    (r"[₀-₉]+", r"_\g<0> "),
+    (r"[₀-₉]+", r"_\g<0> "), (r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ","),
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 2½ is 2 1/2
     (r"(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
 BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 LATEX = [
     (r"(?:,?\\[,!]|\{,\})(?=\d{3})", ","),  # 1{,}234
-    (r"\$\$|`|\\(?:left|right)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
+    (r"\$\$|`|\\(?:left|right|displaystyle|q?quad)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
     (r"(?<!\\)\$(?! )([^$\n]+)(?<![ \\])\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
     *2 * [(BOX, r" \1 ")],
     (r"\n\s*(?:[-*•] )?|\\\\", " ; "),
     (r"\\?([$€£¥]) ?(-?\d(?:[\d.,]*\d)?)", r"\2 \1 "),  # $5 is 5 $
     (r"\\([%$&#_|])", r"\1"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
     (r"\\[dt]?frac(\d)(\d)", r" \1/\2"),
-    (r"\\[dt]?frac ?(?=\{)", " "), (r"\} ?\{", "}/{"),
-    *((rf"(?<![a-z])\\?(?:{names})(?![a-z])", f" {sign}") for sign, names in NAMED.items()),
+    (r"\\[dt]?frac ?(?=\{)", " "), (r"_\{(\d+|[^\W\d]\w*)\}", r"_\1 "), (r"\} ?\{", "}/{"),
+    *((rf"(?:\\|(?<![a-z]))(?:{names})(?![a-z])", f" {sign}") for sign, names in NAMED.items()),
     # HTML's entities have LaTeX's names: \leq is &leq; is ≤.
     (r"\\([a-z]+)", lambda m: html.entities.html5.get(m[1] + ";", f" {m[1]} ")),
     *4 * [(r"\{ *(-?[\d.]+|[^\W\d]\w*|\W?) *\}", r" \1 "),  # innermost first
           (r"\{([^{}]*,[^{}]*)\}", r" ⦃\1⦄ "), (r"\{([^{}]*)\}", r" (\1) ")]]
 TYPED = [
-    ("<=", "≤"), (">=", "≥"), (r"!=|=/=|not =", "≠"), (r"\|\||//", "∥"),
+    ("<=", "≤"), (">=", "≥"), (r"!=|=/=|(?:not|¬) ?=", "≠"), (r"\|\||//", "∥"),
     (r"(?<!\d)\"|\*\*+", " "),  # not 5"
     (r"[\^*] *\(? ?([°']+) ?\)?", r"\1"),  # 90^{\circ}
     (r"(?<=\d) ?x ?(?=\d)", "*"), (r"(?<=\d) ?: ?(?=\d)", "∶"),
-    (r"(?<![\d.,(\[|⦃])\d{1,3}(?:,\d{3})+(?!,?\d)",
+    (r"(?<![\d.,(\[|⦃])\d{1,3}(?:,\d{3})+(?!,?\d| ?⟩)",
      lambda m: m[0].replace(",", ""))]  # 1,234, not (1,234)
 # A number, perhaps with a letter; a Greek letter; a word; any other sign.
 TOKEN = re.compile(
     r"\d*\.?\d+(?:e[-+]?\d+\b|[a-z](?![\w']))?|[α-ω]|[^\W\d_α-ω](?:[^\W_α-ω]|')*|[^\s\w]|_")
 GRAMMAR = [
     (r" \.(?=\d)", " 0."), (r"(\.\d*?[1-9])0+(?= )|\.0+(?= )", r"\1"),  # .50 is 0.5
-    (rf"(?<=\d) sq(?:uare)? ({UNIT}) ", r" \1 ^ 2 "), (rf"(?<=\d) cubic ({UNIT}) ", r" \1 ^ 3 "),
+    (rf"(?<=[\dπ)]) (sq|square|cubic) ({UNIT}) ", lambda m: f" {m[2]} ^ {2 + (m[1] == 'cubic')} "),
     (rf"(?<=[\dπ)]) ((?:° [cf]|{UNIT})(?: / {UNIT})?)(?= )",
      lambda m: " ~" + "".join(UNITS.get(x, x) for x in m[1].split())),
     (rf"{OPENS}(?:(-)|\+) (?=\d)", r"\1"),  # -3
     (rf"{OPENS}\( (-? ?√? ?(?:[\d.]+|[^\W\d]\w*)) \)(?! [\^!])", r"\1"),  # not f(3)
     (rf"{OPENS}(?<![\^√/] )\( ([\w. √]+) \)(?= /)", r"\1"),  # (2√3)/5
     (r"(?<=[\d)]) \( (\d[\d.]*) \)", r" * \1"),  # 7(3)
-    (r"(?<=[\d)π]) \*(?= [√(α-ω]| [a-z] )", ""), (r"(?<=\d) (?=[b-z] )", "")]  # 2 * x is 2x
+    (r"(?<=[\d)π]) \*(?= [√(α-ω]| [a-z] | sin| cos| tan)", ""), (r"(?<=\d) (?=[b-z] )", "")]  # 2x
 
 def replace(rules, text):
     for pattern, new in rules:
@@ -820,9 +820,10 @@ def has_content(text):
 
 WRAPPED = re.compile(rf"{BOX}|\\[(\[](.*)\\[)\]]|\$([^$]*)\$|[\"“']([^\"']*)[\"”']", re.S)
 ASIDE = [
-    (r"(?is)(?<=\S)(?:[,;.(\s]{1,3}(?:because|since|explanation)|[,;.(] ?(?:as|this))\b.*", ""),
-    (r"(?i)\A[\s:=*`_]*(?:(?:so|thus|hence|therefore|the|my)[\s,]+)*(?:(?:final |correct )*"
-     r"(?:answer|option|choice|result)(?: is\b|[\s*]*[:\n])[\s:*]*)?", ""),
+    (r"(?is)(?<=\S)(?:[,;.(\s]{1,3}(?:because|since)|[,;.(\n][\s*]{,4}(?:as|this|note|reason"
+     r"|expl\w+)|, which(?! is [nwi])| is correct(?=\W*$))\b.*", ""),
+    (r"(?i)\A[\s:=*`_]*(?:(?:so|thus|hence|therefore|the|my)[\s,]+)*(?:(?:final |correct )*(?:ans"
+     r"|answer|option|choice|result|solution)(?: (?:is|[ws]h?ould be)\b|[\s*]*[:\n])[\s:*]*)?", ""),
     (r"(?<![\s*`_.])[\s*`_.]+\Z", "")]
 
 @functools.lru_cache(8192)
@@ -840,9 +841,9 @@ def final_answer(text):
 
 # 'C', '(C)', 'C. 58', 'option C', 'Yes, the bars differ'; not 'A dog', 'A, B', 'A or C'.
 CHOICE = re.compile(
-    r"(?:(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=[.,:;\n]|\Z))[.,:;)]*(?!\S)"
-    r"(?!.*(?:\bor\b|\([a-h]\)|(?<!°)(?-i:\b[A-H]\b(?! [a-z]))|\b(?:yes|no|true|false)\W*\Z))"
-    r")?(.*)", re.I | re.S)
+    r"(?:(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=\s?—|[.,:;\n]|\Z))[.,:;)]*"
+    r"(?![^\s—])(?!.*(?:\bor\b|\([a-h]\)|(?<!°)(?-i:\b[A-H]\b(?! [a-z]))"
+    r"|\b(?:yes|no|true|false)\W*\Z)))?(.*)", re.I | re.S)
 NEGATION = r" (?:not?|non|none|nothing|never|without|cannot|neither|nor|≠|\w+n't) "
 NAME = re.compile(r"(?:(?:angle \d+|[^\W\d][\w']*)(?: |\Z)){1,7}(?:\( [\w' ,]+ \))?")
 NUMBER = re.compile(r"(?:\( )?(-?)(?:(\d+) (?=\d+ / ))?"
@@ -852,7 +853,7 @@ def read_answer(text):
     """'(C) 58' → ('c', '', 58, None), 'x = 10/2 = 5 cm' → ('', 'x', 5, '~cm'): choice, name, value,
     unit. Of a chain of equalities the last side counts, if the others only compute it."""
     choice, text = CHOICE.fullmatch(undecorated(text or "")).groups("")
-    text = canonical(text)
+    text = re.sub(r"^\( ([^(),]*) \)$", r"\1", canonical(text))
     name, (*sides, value) = "", text.split(" = ")
     if sides and NAME.fullmatch(sides[0]) and not re.search(NEGATION, f" {sides[0]} "):
         name, *sides = sides
@@ -862,7 +863,7 @@ def read_answer(text):
     if not re.search(r"[\dπ]", value) or re.search(rf"[<>≤≥≠≈,;]|{more}", work):
         name, value = "", text
     value, unit = re.fullmatch(r"(.*?)(?: (%|~\S+))?", value).groups()
-    if match := NUMBER.fullmatch(value.replace(" * 10 ^ ", "e")):
+    if match := NUMBER.fullmatch(value.replace(" * 10 ^ ", "e").replace(" million", "e6")):
         value = Fraction(match[2] or 0) + Fraction(match[3].replace(" ", ""))
         value = -value if match[1] else value
     return choice.lower(), name, value, unit
@@ -895,9 +896,9 @@ def parse_key_steps(value):
     return groups
 
 DENIED = re.compile(NEGATION + r"(?:(?!but )[^ .,;:!?→]+ ){0,2}\Z")
-PART = r"[*/^√‐_%±∶]|or|dozen|hundred|thousand|[mb]illion"
+PART = r"[*/^√‐_%±∶]|or|dozen|hundred|thousand|[mb]illion|log|ln|mod"
 # An equation goes on with a unit, a number, an operator, a variable, a function.
-MORE = rf"{PART}|[~\d+°!∪∩-]\S*|(?![ai] )[^\W\d]|(?:sin|cos|tan)h?|log|ln|mod|more|less"
+MORE = rf"{PART}|[~\d+°!∪∩-]\S*|(?![ai] )[^\W\d]|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|more|less"
 
 def says(step, form):
     """Whether a step states a form, both canonical. Not if its clause denies it, or "or" offers

@@ -1531,7 +1531,7 @@ def test_the_group_whose_rewards_differ_most_is_shown_and_logged(capsys):
     printed = capsys.readouterr().out
     assert printed.index("best") < printed.index("worst") and "question 1" in printed
     assert max(map(len, printed.split("\n"))) <= 100
-    sg.show(cfg, run, record | {"step": 2}, batch, texts, scores, None)
+    sg.show(cfg, run, record | {"step": 2}, batch, texts, scores, None, None)
     assert len(logged) == 1
 
 def test_defaults_are_the_papers_and_tiny_is_a_preset():
