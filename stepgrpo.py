@@ -763,7 +763,7 @@ LATEX = [
     (r"\$\$|`|\\(?:left|right|displaystyle|q?quad)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
     (r"(?<!\\)\$(?! )([^$\n]+)(?<![ \\])\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
     *2 * [(BOX, r" \1 ")],
-    (r"\n\s*(?:[-*•] )?|\\\\", " ; "),
+    (r"\n\s*(?:[-*•] |\(?\d[.)] (?=[^\W\d]))?|\\\\", " ; "),  # a bullet, a number
     (r"\\?([$€£¥]) ?(-?\d(?:[\d.,]*\d)?)", r"\2 \1 "),  # $5 is 5 $
     (r"\\([%$&#_|])", r"\1"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
     (r"\\[dt]?frac(\d)(\d)", r" \1/\2"),
@@ -841,9 +841,9 @@ def final_answer(text):
 
 # 'C', '(C)', 'C. 58', 'option C', 'Yes, the bars differ'; not 'A dog', 'A, B', 'A or C'.
 CHOICE = re.compile(
-    r"(?:(?:option |choice )?\(?([a-h]|yes|no|true|false)(?:\)|(?=\s?—|[.,:;\n]|\Z))[.,:;)]*"
+    r"(?:(?:option |choice )?\(? ?([a-h]|yes|no|true|false)(?: ?\)|(?=\s?—|[.,:;\n]|\Z))[.,:;)]*"
     r"(?![^\s—])(?!.*(?:\bor\b|\([a-h]\)|(?<!°)(?-i:\b[A-H]\b(?! [a-z]))"
-    r"|\b(?:yes|no|true|false)\W*\Z)))?(.*)", re.I | re.S)
+    r"|(?<!\b[A-H][.:)] )\b(?:yes|no|true|false)\W*\Z)))?(.*)", re.I | re.S)
 NEGATION = r" (?:not?|non|none|nothing|never|without|cannot|neither|nor|≠|\w+n't) "
 NAME = re.compile(r"(?:(?:angle \d+|[^\W\d][\w']*)(?: |\Z)){1,7}(?:\( [\w' ,]+ \))?")
 NUMBER = re.compile(r"(?:\( )?(-?)(?:(\d+) (?=\d+ / ))?"
