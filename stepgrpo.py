@@ -28,6 +28,7 @@ A completion is what the model writes after a prompt; the paper calls it a reaso
     P prompt tokens  C tokens of a completion      N = P + G·C  V vocabulary
     H hidden size    D size of a head              h key-value heads, r query heads for each
 """
+import contextlib
 import fcntl
 import functools
 import html
@@ -938,6 +939,17 @@ class Row(NamedTuple):
     key_steps: list  # groups of equivalent forms; [] if there are none
     images: list  # Path of each image file
 
+@contextlib.contextmanager
+def using(what, complaints=None):
+    """Any failure inside becomes one line that begins with `what`: an error, or a complaint."""
+    try:
+        yield
+    except Exception as e:
+        line = " ".join(f"{what}: {type(e).__name__}: {e}".split())[:400]
+        if complaints is None:
+            raise UserError(line) from None
+        complaints.append(line)
+
 def from_shapes(name):
     """Path in data/shapes/, which is drawn if it is not there."""
     path = HERE / "data" / "shapes" / name
@@ -946,62 +958,41 @@ def from_shapes(name):
     return path
 
 def read_rows(source):
-    """shapes, or a .json or .jsonl file in the format of R1-VL-10K or Mulberry (ShareGPT), see
-    data/README.md → (rows, complaints)."""
+    """shapes, or a .json or .jsonl file as data/README.md describes it → (rows, complaints)."""
     file = from_shapes("train.json") if source == "shapes" else Path(source)
     lines = file.suffix == ".jsonl"
-    try:
+    with using(f"cannot read {file}"):
         text = file.read_text("utf-8-sig").rstrip()  # a byte order mark may open it
-        records = text.split("\n") if lines else json.loads(text)  # splitlines cuts strings, too
-        if not isinstance(records, list):
-            raise ValueError("it is no list of records")
-    except Exception as e:
-        raise UserError(f"cannot read {file}: {e}") from None
+        records = text.split("\n") if lines else list(json.loads(text))  # splitlines cuts strings
     rows, complaints = [], []
     for n, record in enumerate(tqdm(records, "read", leave=False, delay=2), 1):
-        try:
-            record = json.loads(record) if lines else record
-            rows.append(read_row(f"{file} row {n}", record, file.parent))
-        except Exception as e:
-            complaints.append(f"{file} row {n}: {e}")
+        where = f"{file} row {n}"
+        with using(where, complaints):
+            rows.append(read_row(where, json.loads(record) if lines else record, file.parent))
     return rows, complaints
 
 def read_row(where, record, folder):
     """A record → Row. An exception says what is wrong with it."""
-    json.dumps(record, ensure_ascii=False).encode()  # half an emoji cannot be encoded
-    if not isinstance(record, dict):
-        raise ValueError("is no JSON object")
-    problem, solution = record.get("problem"), record.get("solution")
-    if turns := record.get("messages", record.get("conversations")):
-        roles = [turn.get("role", turn.get("from")) for turn in turns]
-        if roles not in (["user", "assistant"], ["human", "gpt"]):
-            raise ValueError(f"has turns of {roles}, not one question and its answer"[:200])
+    json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # fails at half an emoji
+    if turns := record.get("messages", record.get("conversations")):  # two: no system, no history
         problem, solution = (turn.get("content", turn.get("value")) for turn in turns)
-    if type(solution) in (int, float) and math.isfinite(solution):
-        solution = str(solution)
-    if not isinstance(problem, str) or not isinstance(solution, str):
-        raise ValueError("has no problem and solution that are text")
+    else:
+        problem, solution = record["problem"], record["solution"]
+    solution = str(solution) if type(solution) in (int, float) else solution
     images = record.get("image_path") or record.get("image") or record.get("images") or []
     images = images if isinstance(images, list) else [images]
-    image = r"(?i)(?:image|img|pic|photo)\S*\Z|\.(?:png|jpe?g|gif|webp|bmp)\W* \S*\Z"
-    if not images and any(record[x] and re.search(image, f"{record[x]} {x}") for x in record):
-        raise ValueError("has an image under another name than image_path")
-    files = [(folder / str(image)).resolve() for image in images]
-    if not all(map(os.path.isfile, files)):
-        raise ValueError(f"has an image that is no file: {images}"[:300])
-    if problem.count("<image>") not in (0, len(files)):
-        raise ValueError(f"has {len(files)} images, but not as many <image> marks")
-    # The instruction is cut off where the whole of it stands, and marks where they come first.
+    images = [(folder / image).resolve(strict=True) for image in images]
+    if problem.count("<image>") not in (0, len(images)):
+        raise ValueError(f"{len(images)} images, but not as many <image> marks")
+    # The instruction is cut off where the whole of it stands, and marks if all come first.
     instruction = r"\s+".join(map(re.escape, INSTRUCTION.split("{question}")[0].split()))
-    opening = rf"((?:\s*<image>)*)\s*(?:{instruction})?\s*(.*)"
-    marks, problem = re.fullmatch(opening, problem.rstrip(), re.S).groups()
-    problem = marks.lstrip() + problem if "<image>" in problem else problem
+    problem = re.sub(rf"\A((?:\s*<image>)*)\s*{instruction}", r"\1", problem)
+    problem = re.sub(r"(?s)\A(?:\s*<image>)+(?!.*<image>)", "", problem).strip()
     answer = solution_answer(solution)
-    asked = final_answer(f"### The final answer is: {answer}")
-    if not problem or not answer or not same_answer(asked, answer):
-        raise ValueError("has no question, or no answer that a completion could give")
+    if not problem or not same_answer(final_answer(f"### The final answer is: {answer}"), answer):
+        raise ValueError("no question, or no answer that a completion could give")
     key_steps = parse_key_steps(record["key_steps"]) if record.get("key_steps") else []
-    return Row(where, problem, answer, solution.strip(), key_steps, files)
+    return Row(where, problem, answer, solution.strip(), key_steps, images)
 
 def solution_answer(solution):
     """The answer of a reference: of its sections, <answer>, \\boxed{} or ####, or all of it."""
@@ -1010,91 +1001,55 @@ def solution_answer(solution):
     for pattern in (r"<answer>(.*?)<", BOX, "####(.+)", r"\bans(?:wer)?(?: is\b|[\s*]*[:：])(.+)"):
         solution = (re.findall(pattern, solution, re.I | re.S) or [solution])[-1]
     answer = undecorated(solution)
-    return answer if has_content(answer) and len(answer) <= 200 and "\n" not in answer else None
+    return answer if len(answer) <= 200 and "\n" not in answer else None  # prose is no answer
 
 def load_image(file):
     """Image file → upright RGB image, transparency on white. UserError if it cannot be read."""
-    try:
+    with using(f"cannot read image {file}"):
         image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS)).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    except Exception as e:
-        raise UserError(f"cannot read image {file}: {e}") from None
-
-def question_text(row, cfg):
-    return build_instruction(row.problem) if cfg.instruction else row.problem
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 def make_prompt(processor, row, cfg):
-    return processor.prompt(question_text(row, cfg), [load_image(file) for file in row.images])
-
-def check_prompts(rows, processor, cfg):
-    """Complaints about prompts that are too long and images that cannot be opened."""
-    complaints, images = [], processor.image_processor
-    frame = len(processor.text_ids(BEFORE + AFTER, layout=True))
-    for row in tqdm(rows, "check", leave=False, delay=2):
-        try:
-            size = frame + len(processor.text_ids(question_text(row, cfg)))
-            for file in row.images:
-                with Image.open(file, formats=FORMATS) as image:  # reads the header only
-                    patches = images.get_number_of_image_patches(image.height, image.width)
-                size += patches // images.merge_size**2 + 2
-            if size > cfg.max_prompt_tokens:
-                raise ValueError(f"its prompt has {size} tokens, more than --max-prompt-tokens")
-        except Exception as e:
-            complaints.append(f"{row.where}: {e}")
-    return complaints
+    text = build_instruction(row.problem) if cfg.instruction else row.problem
+    return processor.prompt(text, [load_image(file) for file in row.images])
 
 def load_data(cfg):
     """→ training, warm-up and held-out rows, complaints. No held-out question is trained on."""
     rows, complaints = read_rows(cfg.data)
-    if cfg.reward in ("step", "accuracy"):
-        complaints += [f"{row.where}: has no key_steps; data/key_steps.py makes them"
-                       for row in rows if not row.key_steps]
+    complaints += [f"{row.where}: no key_steps; data/key_steps.py makes them" for row in rows
+                   if not row.key_steps and cfg.reward in ("step", "accuracy")]
     source = cfg.warmup_data or (from_shapes("warmup.json") if cfg.data == "shapes" else "")
     paths, more = read_rows(source) if source and cfg.warmup_steps else ([], [])
-    complaints += more + [f"{row.where}: holds no steps to imitate" for row in paths
-                          if not split_sections(row.reference).steps]
-    warmup = [row for row in paths if REFLECTIVE not in row.reference]
-    if len(warmup) < len(paths):
-        print(f"warm-up: {len(paths) - len(warmup)} paths with “{REFLECTIVE}” left out")
     if cfg.data == "shapes":
         test = read_rows(from_shapes("test.json"))[0][:cfg.held_out]
     else:
-        if cfg.held_out > len(rows) // 10:
-            complaints.append(f"--held-out: at most {len(rows) // 10}, a tenth of the rows")
-        rows = random.Random(cfg.seed).sample(rows, len(rows))
-        test = rows[:cfg.held_out]
-        asked = {(row.problem, *row.images) for row in test}
-        rows, warmup = ([row for row in x if (row.problem, *row.images) not in asked]
-                        for x in (rows, warmup))
+        test = random.Random(cfg.seed).sample(rows, len(rows) // 10)[:cfg.held_out]
+        if len(test) < cfg.held_out:
+            complaints.append(f"--held-out: at most {len(test)}, a tenth of the rows")
+    asked = {(row.problem, *row.images) for row in test}
+    rows, paths = ([row for row in x if (row.problem, *row.images) not in asked]
+                   for x in (rows, paths))
     short = [row.where for row in rows if row.key_steps and split_sections(row.reference).steps
              and match_key_steps(row.reference, row.key_steps, row.reference) < 1]
-    if short:
-        print(f"{len(short)} reference paths miss some of their key steps, the first: {short[0]}")
-    return rows, warmup, test, complaints
+    print(f"{len(short)} reference paths miss some of their key steps, the first: {short[:1]}")
+    return rows, [row for row in paths if REFLECTIVE not in row.reference], test, complaints + more
 
 # ─── 10. Checkpoints, optimiser, run folder ───────────────────────────────────────────────────────
 
 def load_model(name, device, dtype, max_pixels):
     """tiny, short name, Hub id, checkpoint or run folder → (model in eval mode, Processor)."""
     source = str(from_shapes("tiny") if name == "tiny" else SHORT_NAMES.get(name, name))
-    if (Path(source) / "checkpoint").is_dir():
-        source = str(Path(source) / "checkpoint")
-    try:
-        if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-            raise ValueError("no folder, no Hub id (owner/name), none of " + ", ".join(SHORT_NAMES))
+    if Path(source, "checkpoint").is_dir():
+        source += "/checkpoint"
+    with using(f"cannot load {source}"):
         model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         if model.config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
             raise ValueError(f"a {model.config.model_type} model, not qwen2_vl or qwen2_5_vl")
         images = transformers.Qwen2VLImageProcessorPil.from_pretrained(
             source, max_pixels=max_pixels)  # set later, some versions ignore it
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        processor = Processor(tokenizer, images, model)
-        text = "### Step 1:\n7 - 3 = 4"
-        if processor.decode(processor.text_ids(text)) != text:
+        processor = Processor(transformers.AutoTokenizer.from_pretrained(source), images, model)
+        if processor.decode(processor.text_ids(INSTRUCTION)) != INSTRUCTION:
             raise ValueError("text does not survive its tokenizer; is tokenizer.json missing?")
-    except Exception as e:
-        raise UserError(f"cannot load {source}: {e!r:.300}") from None
     return model.to(device).eval(), processor
 
 def save_model(model, processor, folder):
@@ -1116,10 +1071,9 @@ def put(new, final):
 
 class MasterAdamW:
     """AdamW in fp32 for weights of any dtype, without weight decay (official code).
-
-    A step of 1e-6 vanishes when it is added to a bf16 weight near 1, whose neighbours are 0.008
-    apart. So fp32 masters are trained, and the model gets them rounded. A gradient moves to its
-    master as soon as backward has made it, so micro-batches add up in fp32.
+    A step of 1e-6 vanishes in a bf16 weight near 1, whose neighbours are 0.008 apart. So fp32
+    masters are trained, and the model gets them rounded. A gradient moves to its master as soon as
+    backward has made it, so micro-batches add up in fp32.
     """
 
     def __init__(self, model, offload=False):
@@ -1134,18 +1088,16 @@ class MasterAdamW:
         """One update, with the gradients scaled down to MAX_GRAD_NORM → their norm before that."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, MAX_GRAD_NORM).item()
         if not math.isfinite(norm):
-            raise UserError(f"the gradient norm is {norm}: training has run away. The checkpoint "
-                            "holds a state before this; try a lower learning rate")
+            raise UserError(f"the gradient norm is {norm}: try a lower learning rate")
         self.adamw.param_groups[0]["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad()
         self.write_back(self.masters)
         return norm
 
-    @torch.no_grad()
     def write_back(self, values):
         for p, master, value in zip(self.params, self.masters, values, strict=True):
-            p.copy_(master.copy_(value))
+            p.detach().copy_(master.copy_(value))
 
 def move_gradient(master, p):
     gradient = p.grad.to(master.device, torch.float32)
@@ -1155,75 +1107,61 @@ def move_gradient(master, p):
 class Run:
     """The run folder: config.json, two logs, state.pt (all that resuming needs), reference/ (the
     frozen policy) and checkpoint/ (the policy), both ordinary transformers folders.
-
     A kill at any moment leaves each file whole. state.pt comes last: it says where to go on.
     """
-    LOGS, HARMLESS = ("metrics.jsonl", "samples.jsonl"), {"eval", "config.json.new"}
 
     def __init__(self, cfg):
         # step counts all updates. Random numbers are functions of seed and step: no state.
         self.cfg, self.out, self.step, self.stop = cfg, Path(cfg.out), 0, False
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.out, os.O_RDONLY)
-        try:
+        with using(f"{cfg.out} is in use, or cannot be a run folder"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.out, os.O_RDONLY)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.out} is in use by another run") from None
-        if not cfg.resume and {file.name for file in self.out.iterdir()} - self.HARMLESS:
-            raise UserError(f"{self.out} is not empty. Go on with it: --resume; or choose --out")
-        self.state = self.out / "state.pt"
-        self.resumed = self.state.exists()
+        if not cfg.resume and {x.name for x in self.out.iterdir()} - {"eval", "config.json.new"}:
+            raise UserError(f"{cfg.out} is not empty. Go on with it: --resume; or choose --out")
 
     def begin(self, data, optimizer):
         """Once data and model have turned out to be good. data: a fingerprint of all rows."""
-        self.data, sizes = data, dict.fromkeys(self.LOGS, 0)
-        if self.resumed:
-            try:
-                saved = torch.load(self.state, map_location="cpu", weights_only=True)
-                self.step, known, sizes = saved["step"], saved["data"], saved["sizes"]
+        self.data, self.sizes = data, {"metrics.jsonl": 0, "samples.jsonl": 0}
+        state = self.out / "state.pt"
+        if state.exists():
+            with using(f"{state} cannot be resumed; its checkpoint/ still serves as a --model"):
+                saved = torch.load(state, map_location="cpu", weights_only=True)
+                if saved["data"] != data:
+                    raise ValueError("the data are not those that held-out rows were drawn from")
+                self.step, self.sizes = saved["step"], saved["sizes"]
                 optimizer.adamw.load_state_dict(saved["adamw"])
                 optimizer.write_back(saved["masters"])
-            except Exception as e:
-                raise UserError(f"{self.state} is torn or of another version ({e!r:.80}). Its "
-                                "checkpoint/ still serves as a --model") from None
-            if known != data:
-                raise UserError(f"the data are not those of {self.out}: held-out questions may "
-                                "have been trained on. Put the old data back, or choose --out")
         if not self.cfg.resume:
             new = self.out / "config.json.new"
             new.write_text(json.dumps(asdict(self.cfg), indent=1))
             put(new, self.out / "config.json")
-        for name, size in sizes.items():  # what a resumed run is about to do again is dropped
-            with open(self.out / name, "ab") as f:
-                f.truncate(min(size, f.tell()))
 
     def log(self, name, record):
-        with open(self.out / name, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        """One more line. Behind the length that was saved stands what a resumed run does again."""
+        with open(self.out / name, "ab") as f:
+            f.truncate(min(self.sizes[name], f.tell()))
+            f.write(json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n")
+        self.sizes[name] = (self.out / name).stat().st_size
 
     def save(self, policy, processor, optimizer):
         save_model(policy, processor, self.out / "checkpoint")
-        new = self.out / "state.pt.new"
-        sizes = {name: (self.out / name).stat().st_size for name in self.LOGS}
-        with open(new, "wb") as f:
-            torch.save({"step": self.step, "data": self.data, "sizes": sizes,
+        with open(self.out / "state.pt.new", "wb") as f:
+            torch.save({"step": self.step, "data": self.data, "sizes": self.sizes,
                         "masters": optimizer.masters, "adamw": optimizer.adamw.state_dict()}, f)
-        put(new, self.state)
+        put(f.name, self.out / "state.pt")
 
     def end_update(self, policy, processor, optimizer):
         """After each update: count it, save every so often, and stop if asked to."""
         self.step += 1
         if self.stop or self.step % self.cfg.save_every == 0:
             self.save(policy, processor, optimizer)
-        self.stop_if_asked()
-
-    def stop_if_asked(self):
         if self.stop:
             raise KeyboardInterrupt
 
     def ask_to_stop(self, number, frame):
         """Signal handler: the update in hand is finished and saved. A second signal: at once."""
-        self.stop_if_asked()
+        signal.signal(number, signal.default_int_handler)
         self.stop = True
         tqdm.write("stopping after this update (again: at once)")
 
@@ -1235,7 +1173,6 @@ def evaluate(cfg, run, policy, processor, rows, when):
     for how, temperature, G in (("greedy", 0.0, 1), ("sampled at T = 1", 1.0, 4)):
         name, scores = f"{when}, {how}", []
         for part in tqdm(parts, name, unit="batch", leave=False):
-            run.stop_if_asked()
             prompts = [make_prompt(processor, rows[n], cfg) for n in part]
             seeds = [cfg.seed * 1_000_003 + n for n in part]
             sampled = rollout(policy, processor, prompts, G, cfg.max_new_tokens, temperature, seeds)
@@ -1245,36 +1182,31 @@ def evaluate(cfg, run, policy, processor, rows, when):
             record = {"phase": "evaluation", "name": name, "questions": len(rows)}
             run.log("metrics.jsonl", record | mean_scores(scores))
 
-LIMITS = {  # low, high; all other numbers: 1 to 65,536
+LIMITS = {  # low, high; other integers: 1 to 65,536, other numbers: 0 to 100
     "seed": (0, 2**31), "steps": (-1, 1e7), "warmup_steps": (-1, 1e7), "held_out": (0, 1e6),
-    "group_size": (2, 1024), "max_pixels": (56 * 56, 1e9), "temperature": (0.01, 100),
-    "alpha": (0, 100), "beta": (0, 100), "clip": (0.001, 0.999), "lr": (1e-12, 1),
-    "warmup_lr": (1e-12, 1)}
-CHANGEABLE = {"resume", "out", "device", "micro_batch", "offload_optimizer", "save_every",
-              "show_every"}  # on --resume
+    "group_size": (2, 1024), "max_pixels": (56 * 56, 1e9), "temperature": (0.01, 100)}
+CHANGEABLE = {"resume", "out", "device", "micro_batch", "offload_optimizer"}  # on --resume
 
 def parse_config(argv):
     """Command line → Config. On --resume the settings are those of the run folder."""
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False)
-    known, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    out, saved = known.out or f"runs/{Path(known.model).name}", {}
+    known, _ = parser.parse_known_args(argv)
+    out = known.out or f"runs/{Path(known.model).name}"
+    defaults = TINY if known.model == "tiny" else {}
     if known.resume:
-        try:
-            saved = asdict(Config(**json.loads((Path(out) / "config.json").read_text())))
-        except Exception as e:
-            raise UserError(f"no run of this version to resume in {out}: {e}") from None
-    parser.set_defaults(**(saved or (TINY if known.model == "tiny" else {})))
+        with using(f"no run of this version to resume in {out}"):
+            defaults = asdict(Config(**json.loads(Path(out, "config.json").read_text())))
+    parser.set_defaults(**defaults)
     cfg = Config(**{**vars(parser.parse_args(argv)), "out": out})
     for name, value in asdict(cfg).items():
-        low, high = LIMITS.get(name, (1, 65536))
+        low, high = LIMITS.get(name, (1, 65536) if isinstance(value, int) else (0, 100))
         if not isinstance(value, (str, bool)) and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
-        if saved and name not in CHANGEABLE and value != saved[name]:
+        if cfg.resume and name not in CHANGEABLE and value != defaults[name]:
             raise UserError(f"--{name.replace('_', '-')} cannot change on --resume")
     return cfg
 
 def pick_device(name):
-    """auto, cpu or cuda → torch device."""
     there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if name not in ("auto", *there):
         raise UserError(f"--device {name} is not there; there is {' and '.join(there)}")
@@ -1283,31 +1215,34 @@ def pick_device(name):
 def set_up(cfg, run):
     """Data and model → policy, processor, optimizer, (training, warm-up, held-out rows)."""
     device, tiny = pick_device(cfg.device), cfg.model == "tiny"
+    dtype = torch.bfloat16 if device.type == "cuda" and not tiny else torch.float32
     *splits, complaints = load_data(cfg)
     (rows, warmup_rows, test_rows), every = splits, sum(splits, [])
-    source = run.out / "checkpoint" if run.resumed else cfg.model
-    dtype = torch.bfloat16 if device.type == "cuda" and not tiny else torch.float32
-    policy, processor = load_model(source, device, dtype, cfg.max_pixels)
-    if tiny and not run.resumed:
+    policy, processor = load_model(cfg.model, device, dtype, cfg.max_pixels)
+    if tiny:
         torch.manual_seed(cfg.seed)
         policy = type(policy)(policy.config).to(device)  # each seed has weights of its own
-    complaints += check_prompts(every, processor, cfg)
-    if not rows or cfg.warmup_steps > 0 and not warmup_rows:
-        complaints.append("no questions to train on, or no reference paths for the warm-up")
-    if complaints:
-        count = f"the data cannot be used, for {len(complaints)} reasons:"
+    frame = BEFORE + AFTER + build_instruction("") * cfg.instruction
+    frame, images = len(processor.text_ids(frame, layout=True)), processor.image_processor
+    for row in tqdm(every, "check", leave=False, delay=2):
+        with using(row.where, complaints):
+            size = frame + len(processor.text_ids(row.problem))
+            for file in row.images:
+                with Image.open(file, formats=FORMATS) as image:  # reads the header only
+                    patches = images.get_number_of_image_patches(image.height, image.width)
+                size += patches // images.merge_size**2 + 2
+            if size > cfg.max_prompt_tokens:
+                raise ValueError(f"a prompt of {size} tokens, more than --max-prompt-tokens")
+    count = (f"{len(rows)} questions, {len(warmup_rows)} warm-up paths, {len(test_rows)} held out; "
+             f"{sum(not row.images for row in every)} without image, {len(complaints)} faults")
+    if complaints or not rows or cfg.warmup_steps > 0 and not warmup_rows:
         raise UserError("\n  ".join([count, *complaints[:50]]))
     if cfg.warmup_steps < 0:
         cfg.warmup_steps = math.ceil(2 * len(warmup_rows) / cfg.warmup_batch)
     if cfg.steps < 0:
         cfg.steps = math.ceil(len(rows) / cfg.questions) if cfg.data == "shapes" else 13125
-    blind = sum(not row.images for row in every)
-    passes = cfg.steps * cfg.questions / len(rows)
-    print(f"{policy.num_parameters() / 1e6:,.1f} M parameters, {policy.dtype}, {device}\n"
-          f"{len(rows)} questions, {len(warmup_rows)} warm-up paths, {len(test_rows)} held out; "
-          f"{blind} of them have no image\n"
-          f"{cfg.warmup_steps} warm-up updates, then {cfg.steps} of StepGRPO ({passes:.1f} passes)")
-    if device.type == "cuda" and not tiny:
+    print(f"{count}\n{cfg.warmup_steps} warm-up updates, then {cfg.steps} of StepGRPO")
+    if dtype == torch.bfloat16:  # a real model
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = MasterAdamW(policy, cfg.offload_optimizer)
     names = [row._replace(where="", images=[file.name for file in row.images]) for row in every]
@@ -1316,8 +1251,6 @@ def set_up(cfg, run):
 
 def learn(cfg, run):
     """Warm-up, StepGRPO against its frozen result, and the evaluations before and after."""
-    began = time.perf_counter()
-    print(*(f"{name}={value}" for name, value in asdict(cfg).items()))
     policy, processor, optimizer, (rows, warmup_rows, test_rows) = set_up(cfg, run)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, run.ask_to_stop)
@@ -1327,58 +1260,46 @@ def learn(cfg, run):
         optimizer.adamw.state.clear()  # StepGRPO begins without moments
         run.save(policy, processor, optimizer)
         evaluate(cfg, run, policy, processor, test_rows, "before")
-    reference = None
-    if cfg.beta:
-        source = run.out / "reference"
-        reference, _ = load_model(source, policy.device, policy.dtype, cfg.max_pixels)
-        reference.requires_grad_(False)
+    reference = None if cfg.beta == 0 else load_model(
+        run.out / "reference", policy.device, policy.dtype, cfg.max_pixels)[0]
     if cfg.steps:
         train(cfg, run, policy, reference, processor, rows, optimizer)
         run.save(policy, processor, optimizer)
         evaluate(cfg, run, policy, processor, test_rows, "after")
-    if subprocess.run([sys.executable, HERE / "data" / "report.py", run.out]).returncode:
-        print("the page could not be written")
-    print(f"{(time.perf_counter() - began) / 60:.1f} minutes. The policy is in "
-          f"{run.out / 'checkpoint'}")
+    subprocess.run([sys.executable, HERE / "data" / "report.py", run.out])  # it may fail
 
 def main(argv=None):
     transformers.utils.logging.disable_progress_bar()  # of reading weights, but of downloads:
     transformers.utils.logging.hf_hub_utils.enable_progress_bars()
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack ─
-    run = None
     try:
-        cfg = parse_config(sys.argv[1:] if argv is None else argv)
+        cfg = parse_config(argv)
         run = Run(cfg)
-        learn(cfg, run)
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"stepgrpo: {str(e).splitlines()[0]} Try --micro-batch 1, --offload-optimizer, "
-                 "fewer --questions or --max-new-tokens")
-    except UserError as e:
-        sys.exit(f"stepgrpo: {e}")
-    except (OSError, SafetensorError) as e:
-        sys.exit(f"stepgrpo: cannot read or write: {e}. What was saved in {run and run.out} before "
-                 "is whole: free some space or mend the path, and go on with --resume")
-    except KeyboardInterrupt:
-        print(f"\nstopped. Go on with: python stepgrpo.py --resume --out {run and run.out}")
-        sys.exit(130)
-    finally:
-        if run:
+        try:
+            learn(cfg, run)
+        finally:
             os.close(run.lock)
             if not any(run.out.iterdir()):
                 run.out.rmdir()
+    except UserError as e:
+        sys.exit(f"stepgrpo: {e}")
+    except torch.OutOfMemoryError:
+        sys.exit("stepgrpo: out of memory. Try --micro-batch 1 or --offload-optimizer")
+    except (OSError, SafetensorError) as e:
+        sys.exit(f"stepgrpo: {e}. What {cfg.out} holds is whole: mend this, and --resume")
+    except KeyboardInterrupt:
+        print(f"\nstopped. Go on with: python stepgrpo.py --resume --out {cfg.out}")
+        sys.exit(130)
 
 # ─── 12. The rewards in TRL and verl ──────────────────────────────────────────────────────────────
 
-# Columns are those of R1-VL-10K. Answers may be numbers, lists may be tuples or arrays.
-
 def trl_step_accuracy(completions, solution, key_steps, **columns):
-    """StepRAR for GRPOTrainer(reward_funcs=[trl_step_accuracy, trl_step_validity]) → floats."""
+    """StepRAR for TRL's GRPOTrainer → floats. Answers may be numbers, lists tuples or arrays."""
     return [step_accuracy_reward(completion_text(completion), solution_answer(str(truth)), groups,
                                  reference=str(truth))
             for completion, truth, groups in zip(completions, solution, key_steps, strict=True)]
 
 def trl_step_validity(completions, **columns):
-    """StepRVR for GRPOTrainer → floats."""
     return [step_validity_reward(completion_text(completion)) for completion in completions]
 
 def completion_text(completion):
@@ -1387,10 +1308,7 @@ def completion_text(completion):
     return content if isinstance(content, str) else "".join(x.get("text") or "" for x in content)
 
 def verl_compute_score(data_source, solution_str, ground_truth, extra_info, **ignored):
-    """Both rewards for verl (reward.custom_reward_function.path and .name) → dict with "score".
-
-    ground_truth: an answer or a reference path; extra_info["key_steps"]: as in R1-VL-10K.
-    """
+    """Both rewards for verl → dict with "score". ground_truth: an answer or a reference path."""
     accuracy, = trl_step_accuracy([solution_str], [ground_truth], [extra_info["key_steps"]])
     validity = step_validity_reward(solution_str)
     return {"score": accuracy + validity, "step_accuracy": accuracy, "step_validity": validity}
