@@ -1236,7 +1236,7 @@ def set_up(cfg, run):
     count = (f"{len(rows)} questions, {len(warmup_rows)} warm-up paths, {len(test_rows)} held out; "
              f"{sum(not row.images for row in every)} without image, {len(complaints)} faults")
     if complaints or not rows or cfg.warmup_steps > 0 and not warmup_rows:
-        raise UserError("\n  ".join([count, *complaints[:50]]))
+        raise UserError("\n  ".join([f"cannot start with {count}", *complaints[:50]]))
     if cfg.warmup_steps < 0:
         cfg.warmup_steps = math.ceil(2 * len(warmup_rows) / cfg.warmup_batch)
     if cfg.steps < 0:
