@@ -22,7 +22,6 @@ an answer is wrong, and it is counted as unparsed.
 import argparse
 import ast
 import base64
-import contextlib
 import csv
 import hashlib
 import io
@@ -42,7 +41,7 @@ from tqdm import tqdm
 
 from stepgrpo import (HERE, SHORT_NAMES, TINY, UserError, build_instruction, canonical, chunks,
                       load_image, load_model, pick_device, put, rollout, split_sections,
-                      undecorated)
+                      undecorated, using)
 
 # ─── 1. The eight benchmarks ──────────────────────────────────────────────────────────────────────
 
@@ -552,14 +551,6 @@ def intervals(benchmark, rows, scores, resamples=1000):
 # ─── 4. Asking the model ──────────────────────────────────────────────────────────────────────────
 
 csv.field_size_limit(1 << 30)  # a cell may hold an image
-
-@contextlib.contextmanager
-def using(what):
-    """Whatever is wrong with a file, a row or a download becomes one line that names it."""
-    try:
-        yield
-    except Exception as e:
-        raise UserError(f"{what}: {str(e) or repr(e)}") from None
 
 def find_file(name, given):
     """A benchmark's file in --data, $LMUData or ~/LMUData; else it is downloaded to the first."""

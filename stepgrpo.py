@@ -945,7 +945,8 @@ def using(what, complaints=None):
     try:
         yield
     except Exception as e:
-        line = " ".join(f"{what}: {type(e).__name__}: {e}".split())[:400]
+        reason = repr(e) if isinstance(e, (LookupError, TypeError, AttributeError)) else e
+        line = " ".join(f"{what}: {reason}".split())[:400]
         if complaints is None:
             raise UserError(line) from None
         complaints.append(line)
@@ -974,13 +975,20 @@ def read_rows(source):
 def read_row(where, record, folder):
     """A record → Row. An exception says what is wrong with it."""
     json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # fails at half an emoji
-    if turns := record.get("messages", record.get("conversations")):  # two: no system, no history
-        problem, solution = (turn.get("content", turn.get("value")) for turn in turns)
-    else:
-        problem, solution = record["problem"], record["solution"]
-    solution = str(solution) if type(solution) in (int, float) else solution
+    match record:
+        case ({"messages": [{"role": "user", "content": str(problem)},
+                            {"role": "assistant", "content": str(solution)}]}
+              | {"conversations": [{"from": "human", "value": str(problem)},
+                                   {"from": "gpt", "value": str(solution)}]}
+              | {"problem": str(problem), "solution": (str() | int() | float()) as solution}):
+            solution = str(solution)
+        case _:
+            raise ValueError("no problem and solution, and no turns of one question and its answer")
     images = record.get("image_path") or record.get("image") or record.get("images") or []
     images = images if isinstance(images, list) else [images]
+    image = r"(?i)(?:image|img|pic|photo)\S*\Z|\.(?:png|jpe?g|gif|webp|bmp)\W* \S*\Z"
+    if not images and any(record[x] and re.search(image, f"{record[x]} {x}") for x in record):
+        raise ValueError("an image under another name than image_path")
     images = [(folder / image).resolve(strict=True) for image in images]
     if problem.count("<image>") not in (0, len(images)):
         raise ValueError(f"{len(images)} images, but not as many <image> marks")
@@ -1020,6 +1028,8 @@ def load_data(cfg):
                    if not row.key_steps and cfg.reward in ("step", "accuracy")]
     source = cfg.warmup_data or (from_shapes("warmup.json") if cfg.data == "shapes" else "")
     paths, more = read_rows(source) if source and cfg.warmup_steps else ([], [])
+    complaints += more + [f"{row.where}: no steps to imitate" for row in paths
+                          if not split_sections(row.reference).steps]
     if cfg.data == "shapes":
         test = read_rows(from_shapes("test.json"))[0][:cfg.held_out]
     else:
@@ -1031,8 +1041,9 @@ def load_data(cfg):
                    for x in (rows, paths))
     short = [row.where for row in rows if row.key_steps and split_sections(row.reference).steps
              and match_key_steps(row.reference, row.key_steps, row.reference) < 1]
-    print(f"{len(short)} reference paths miss some of their key steps, the first: {short[:1]}")
-    return rows, [row for row in paths if REFLECTIVE not in row.reference], test, complaints + more
+    if short:
+        print(f"{len(short)} reference paths miss some of their key steps, the first: {short[0]}")
+    return rows, [row for row in paths if REFLECTIVE not in row.reference], test, complaints
 
 # ─── 10. Checkpoints, optimiser, run folder ───────────────────────────────────────────────────────
 
@@ -1042,6 +1053,8 @@ def load_model(name, device, dtype, max_pixels):
     if Path(source, "checkpoint").is_dir():
         source += "/checkpoint"
     with using(f"cannot load {source}"):
+        if not Path(source).is_dir() and "/" not in source:
+            raise ValueError("no folder, no Hub id (owner/name), none of " + ", ".join(SHORT_NAMES))
         model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         if model.config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
             raise ValueError(f"a {model.config.model_type} model, not qwen2_vl or qwen2_5_vl")
@@ -1071,6 +1084,7 @@ def put(new, final):
 
 class MasterAdamW:
     """AdamW in fp32 for weights of any dtype, without weight decay (official code).
+
     A step of 1e-6 vanishes in a bf16 weight near 1, whose neighbours are 0.008 apart. So fp32
     masters are trained, and the model gets them rounded. A gradient moves to its master as soon as
     backward has made it, so micro-batches add up in fp32.
@@ -1107,6 +1121,7 @@ def move_gradient(master, p):
 class Run:
     """The run folder: config.json, two logs, state.pt (all that resuming needs), reference/ (the
     frozen policy) and checkpoint/ (the policy), both ordinary transformers folders.
+
     A kill at any moment leaves each file whole. state.pt comes last: it says where to go on.
     """
 
@@ -1235,13 +1250,17 @@ def set_up(cfg, run):
                 raise ValueError(f"a prompt of {size} tokens, more than --max-prompt-tokens")
     count = (f"{len(rows)} questions, {len(warmup_rows)} warm-up paths, {len(test_rows)} held out; "
              f"{sum(not row.images for row in every)} without image, {len(complaints)} faults")
-    if complaints or not rows or cfg.warmup_steps > 0 and not warmup_rows:
+    if cfg.warmup_steps > 0 and not warmup_rows:
+        complaints.append("no paths for the warm-up: give --warmup-data, or --warmup-steps 0")
+    if complaints or not rows:
         raise UserError("\n  ".join([f"cannot start with {count}", *complaints[:50]]))
     if cfg.warmup_steps < 0:
         cfg.warmup_steps = math.ceil(2 * len(warmup_rows) / cfg.warmup_batch)
     if cfg.steps < 0:
         cfg.steps = math.ceil(len(rows) / cfg.questions) if cfg.data == "shapes" else 13125
-    print(f"{count}\n{cfg.warmup_steps} warm-up updates, then {cfg.steps} of StepGRPO")
+    passes = cfg.steps * cfg.questions / len(rows)
+    print(f"{count}\n{cfg.warmup_steps} warm-up updates, then {cfg.steps} of StepGRPO "
+          f"({passes:.1f} passes), {policy.dtype} on {device}")
     if dtype == torch.bfloat16:  # a real model
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = MasterAdamW(policy, cfg.offload_optimizer)
@@ -1267,6 +1286,7 @@ def learn(cfg, run):
         run.save(policy, processor, optimizer)
         evaluate(cfg, run, policy, processor, test_rows, "after")
     subprocess.run([sys.executable, HERE / "data" / "report.py", run.out])  # it may fail
+    print(f"the policy is in {run.out / 'checkpoint'}")
 
 def main(argv=None):
     transformers.utils.logging.disable_progress_bar()  # of reading weights, but of downloads:
@@ -1300,6 +1320,7 @@ def trl_step_accuracy(completions, solution, key_steps, **columns):
             for completion, truth, groups in zip(completions, solution, key_steps, strict=True)]
 
 def trl_step_validity(completions, **columns):
+    """StepRVR for TRL's GRPOTrainer → floats."""
     return [step_validity_reward(completion_text(completion)) for completion in completions]
 
 def completion_text(completion):

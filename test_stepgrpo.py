@@ -1560,7 +1560,7 @@ def test_unknown_flags_are_errors(flags, capsys):
     assert "error" in capsys.readouterr().err
 
 @pytest.mark.parametrize("model, message", [
-    ("Qwen2-VL-3B", "Qwen2-VL-3B"), ("no/such", "no/such"), ("EMPTY", "EMPTY"), ("llama", "llama")])
+    ("Qwen2-VL-3B", "Qwen2-VL-2B"), ("no/such", "no/such"), ("EMPTY", "EMPTY"), ("llama", "llama")])
 def test_a_model_that_cannot_be_had_is_one_line(model, message, checkpoints, shapes_set):
     Path("EMPTY").mkdir()
     shutil.copytree(checkpoints["qwen2_vl"], "llama")
@@ -1637,7 +1637,7 @@ def test_images_inside_the_text_keep_their_places(folder):
     assert [row.problem for row in rows] == [inside, "Which?"] and len(rows[0].images) == 2
 
 @pytest.mark.parametrize("solution, answer", [
-    (4, "4"), (4.5, "4.5"), ("<answer> 4 </answer>", "4"), ("#### 4", "4"), ("Answer: 4", "4"),
+    (4.5, "4.5"), (True, "True"), ("<answer> 4 </answer>", "4"), ("#### 4", "4"), ("Answer: 4", "4"),
     ("So it is 4.\nThe answer is: 4", "4"), ("We get 7 - 3 = 4, so \\boxed{4}.", "4"), (PATH, "4"),
     ("<think>1 or 4?</think><answer>(C)</answer>", "(C)"), ("\\frac{1}{2}", "\\frac{1}{2}")])
 def test_reference_answers_are_read_and_can_be_met(solution, answer, folder):
@@ -1647,7 +1647,7 @@ def test_reference_answers_are_read_and_can_be_met(solution, answer, folder):
 
 BAD = {
     "no object": 5, "no problem": {"solution": "4"}, "no solution": {"problem": "?"},
-    "null": ask_four(problem=None), "true": ask_four(solution=True), "five": {"messages": 5},
+    "null": ask_four(problem=None), "none": ask_four(solution=None), "five": {"messages": 5},
     "nan": ask_four(solution=float("nan")), "list": ask_four(solution=["4"]),
     "empty": ask_four(solution="**"), "prose": ask_four(solution="We add.\nSo four."),
     "no answer": R1 | {"solution": "### Step 1:\nx = 3"}, "empty question": chat("<image>"),
@@ -1657,6 +1657,7 @@ BAD = {
     "turns": CHAT | {"messages": CHAT["messages"] * 2},
     "system": CHAT | {"messages": [{"role": "system", "content": "Be brief."}, *CHAT["messages"]]},
     "null turn": {"messages": [None, CHAT["messages"][1]]}, "null text": chat(None),
+    "other name": ask_four(picture="a.png"), "no name": ask_four(figure=["a.png"]),
     "emoji": ask_four(problem="\ud83d?"), "key steps": R1 | {"key_steps": [["x = 3"], [5]]}}
 
 @pytest.mark.parametrize("name", BAD)
@@ -1673,7 +1674,7 @@ def test_lines_that_are_no_json_are_bad_rows(folder):
     with pytest.raises(sg.UserError, match="rows.jsonl.gz"):
         (folder / "rows.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
         sg.read_rows(str(folder / "rows.jsonl.gz"))
-    for text in ("[" * 100_000, "5", "{", ""):
+    for text in ("[" * 100_000, "5", "{", ""):  # an object would be a bad row for each key
         (folder / "rows.json").write_text(text)
         with pytest.raises(sg.UserError, match="rows.json"):
             sg.read_rows(str(folder / "rows.json"))
@@ -1687,7 +1688,6 @@ def test_all_bad_rows_are_reported_at_once_before_training(folder, shapes_set, t
     data.write_text(json.dumps([*rows, ask_four(), R1 | {"image_path": "."}]))
     refused = run_main(*run_flags(out, shapes_set, data=data, warmup_steps=0))
     assert [f"row {n}:" in refused for n in range(1, 7)] == [False, True, True, True, True, True]
-    assert "5 faults" in refused
     assert "max-prompt-tokens" in refused and "key_steps" in refused and not out.exists()
 
 def test_held_out_questions_are_never_trained_on_and_bad_splits_are_one_line(folder):
