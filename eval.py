@@ -500,23 +500,30 @@ def units_of(benchmark, row, i):
     return {"accuracy": i, **parts}, cell(row, "problem_index") or i
 
 def figures(benchmark, rows, scores, resamples=0):
-    """{figure: tensor (B,)}, the paper's first: of all rows, then of each bootstrap resample."""
+    """{figure: tensor (B,)}, the paper's first: of all rows, then of each bootstrap resample.
+
+    A score of None is a row without a response. It makes a unit wrong that has other responses.
+    """
     units, clusters, shares = defaultdict(lambda: defaultdict(list)), {}, {}
     for i, (row, s) in enumerate(zip(rows, scores, strict=True)):
         names, cluster = units_of(benchmark, row, i)
-        number = clusters.setdefault(cluster, len(clusters))
+        if s is not None:
+            clusters.setdefault(cluster, len(clusters))
         for name, unit in names.items():
-            units[name][unit, number].append(s == 1)
+            units[name][unit, cluster].append(s)
     n = len(clusters)
     drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0))
     # How often each cluster counts. The first draw takes each once.
     counts = [draw.bincount(minlength=n) for draw in (torch.arange(n), *drawn)]
     weights = torch.stack(counts).double()  # (B, clusters)
     for name, found in units.items():
+        found = {key: given for key, given in found.items() if set(given) != {None}}
+        if not found:
+            continue
         # An image of MME has two questions, both to be right for acc+.
         least = 2 if name.endswith("acc+") else 1
-        won = torch.tensor([all(right) and len(right) >= least for right in found.values()])
-        weight = weights[:, [number for _, number in found]]  # (B, units)
+        won = torch.tensor([set(given) == {1} and len(given) >= least for given in found.values()])
+        weight = weights[:, [clusters[cluster] for _, cluster in found]]  # (B, units)
         shares[name] = 100 * (weight * won).sum(1) / weight.sum(1)
     return totals(benchmark, shares)
 
@@ -677,25 +684,26 @@ def evaluate(args, name, file, respond):
     """Rows, responses, scores → all figures of a benchmark. <name>.scored.jsonl says why."""
     md5 = hashlib.md5(file.read_bytes()).hexdigest()
     rows = read_rows(name, file)
-    seen = [row for row in rows.values() if cell(row, "image") or "image" not in row]
+    seen = [row for row in rows.values()
+            if "image" not in row or cell(row, "image", MISSING | {"[]"})]
     asked = seen[:args.limit or None]
     responses = respond(name, rows, asked, md5)
     if unknown := sorted(responses.keys() - rows.keys()):
         raise UserError(f"{file} lacks rows that have responses: {unknown[:5]}")
-    answered = [row for row in asked if row["index"] in responses]
+    scores = [score(name, row, responses[row["index"]]) if row["index"] in responses else None
+              for row in asked]
+    answered = [(row, s) for row, s in zip(asked, scores) if s is not None]
     if not answered:
         raise UserError(f"no row of {name} has an image and a response")
-    scores = [score(name, row, responses[row["index"]]) for row in answered]
     with open(args.out / f"{name}.scored.jsonl", "w") as f:
-        for row, s in zip(answered, scores):
+        for row, s in answered:
             line = {"id": row["index"], "score": s, "right": row["answer"], "statement": s.answer}
             f.write(json.dumps(line) + "\n")
-    summary = summarize(name, answered, scores)
-    spread = intervals(name, answered, scores)
+    summary, spread = summarize(name, asked, scores), intervals(name, asked, scores)
     headline = next(iter(summary))
     counts = {"rows": len(answered), "unparsed": summary["unparsed"],
-              "left out without image": len(rows) - len(seen),
-              "left out without response": len(asked) - len(answered)}
+              "without image": len(rows) - len(seen), "not asked": len(seen) - len(asked),
+              "without response": len(asked) - len(answered)}
     return {"headline": summary[headline], "interval": spread[headline], "counts": counts,
             "published file": md5 == BENCHMARKS[name].md5,
             "figures": summary, "intervals": spread}
@@ -703,14 +711,16 @@ def evaluate(args, name, file, respond):
 def table_lines(results, label):
     """The paper's rows and ours, in Markdown that is also aligned; and what ours rest on."""
     table = {f"{model} (paper)": dict(zip(PAPER, row)) for model, row in PUBLISHED.items()}
-    table[label] = {name: result["headline"] for name, result in results.items()}
+    table[label] = ours = {name: result["headline"] for name, result in results.items()}
+    in_part = any(result["counts"]["not asked"] or result["counts"]["without response"]
+                  for result in results.values())
     titles = {name: b.title for name, b in BENCHMARKS.items() if name in {*PAPER, *results}}
     titles["average"] = "Average"
     head = [f"| {'':24}", *(f"{title:>5}" for title in titles.values())]
     lines = [" | ".join(head) + " |", "| --- |" + " --: |" * len(titles)]
     for model, row in table.items():
-        # The paper's average takes MME/28 and is cut to one decimal.
-        if row.keys() >= set(PAPER):
+        # The paper's average takes MME/28 and is cut to one decimal. A part of the rows has none.
+        if row.keys() >= set(PAPER) and not (in_part and row is ours):
             total = sum(row[name] / (28 if name == "mme" else 1) for name in PAPER)
             row["average"] = math.floor(total / len(PAPER) * 10 + 1e-9) / 10
         texts = [f"| {model:24}"]
@@ -765,7 +775,7 @@ def parse_arguments(argv):
     parser.add_argument("--plain", default=None, action=argparse.BooleanOptionalAction,
                         help="no template; default: as the run was trained")
     args = parser.parse_args(argv)
-    args.benchmarks = args.benchmarks.replace(" ", "").split(",")
+    args.benchmarks = args.benchmarks.replace(" ", "").strip(",").split(",")
     if wrong := [name for name in args.benchmarks if name not in BENCHMARKS]:
         raise UserError(f"no benchmark {', '.join(wrong)}; there are {', '.join(BENCHMARKS)}")
     if args.predictions and len(args.benchmarks) != 1:

@@ -54,7 +54,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -326,9 +325,9 @@ class Processor:
         return Prompt(ids, positions[:, 0], pixels, grids)
 
 def stack_prompts(prompts, padding, device):
-    """Q prompts, padded right → ids, positions (3, Q, P), is_real (Q, P), index of last tokens."""
+    """Q prompts, padded right → ids, positions (3, Q, P), is_real (Q, P), last: index tensors."""
     ids = pad_sequence([p.ids for p in prompts], True, padding)  # (Q, P)
-    positions = pad_sequence([p.positions.T for p in prompts], True).permute(2, 0, 1)
+    positions = pad_sequence([p.positions.T for p in prompts], True).permute(2, 0, 1)  # (3, Q, P)
     lengths = torch.tensor([len(p.ids) for p in prompts], device=device)  # (Q,)
     is_real = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # (Q, P)
     last = torch.arange(len(prompts), device=device), lengths - 1
@@ -443,8 +442,8 @@ def completion_logps(model, processor, prompts, completions, temperature=1.0):
     ids = torch.cat([ids, own.view(Q, -1)], 1)  # (Q, N)
     positions = torch.cat([positions, own_positions], 2)  # (3, Q, N)
     # A completion sees the real tokens of its prompt, and its own up to the present one.
-    sees_prompt = is_real[:, None, None].expand(Q, 1, C, P)
-    sees_own = (columns <= columns[:, None]).expand(Q, 1, C, C)
+    sees_prompt = is_real[:, None, None].expand(Q, 1, C, P)  # (Q, 1, C, P)
+    sees_own = (columns <= columns[:, None]).expand(Q, 1, C, C)  # (Q, 1, C, C)
     visible = torch.cat([sees_prompt, sees_own], -1)  # (Q, 1, C, P + C)
     attend = functools.partial(group_attention, P, G, visible)
     hidden = forward(model, ids, positions, prompts, attend)  # (Q, N, H)
@@ -634,13 +633,13 @@ def train(cfg, run, policy, reference, processor, rows, optimizer):
         lr = cfg.lr * (1 - step / cfg.steps)
         old, ref, stats = {}, {}, Counter()
         for inner in range(cfg.inner_updates):
-            for part in chunks(range(Q), cfg.micro_batch):
+            for part in chunks(range(Q), cfg.micro_batch):  # part: a range of questions
                 ids = [sampled.ids[q] for q in part]
                 inputs = processor, [prompts[q] for q in part], ids, cfg.temperature
                 logps, mask = completion_logps(policy, *inputs)  # (part·G, C)
                 share = len(part) / Q  # of the mean over all completions
                 if inner == 0:
-                    old[part] = ref[part] = logps.detach()
+                    old[part] = ref[part] = logps.detach()  # KL 0 if there is no reference
                     if reference is not None:
                         with torch.no_grad():
                             ref[part], _ = completion_logps(reference, *inputs)
@@ -945,8 +944,8 @@ def using(what, complaints=None):
     try:
         yield
     except Exception as e:
-        reason = repr(e) if isinstance(e, (LookupError, TypeError, AttributeError)) else e
-        line = " ".join(f"{what}: {reason}".split())[:400]
+        bare = isinstance(e, (LookupError, TypeError, AttributeError)) or not str(e)
+        line = " ".join(f"{what}: {repr(e) if bare else e}".split())[:400]
         if complaints is None:
             raise UserError(line) from None
         complaints.append(line)
@@ -955,7 +954,8 @@ def from_shapes(name):
     """Path in data/shapes/, which is drawn if it is not there."""
     path = HERE / "data" / "shapes" / name
     if not path.exists():
-        subprocess.run([sys.executable, HERE / "data" / "shapes.py"], check=True)
+        with using("cannot draw the shapes"):
+            subprocess.run([sys.executable, HERE / "data" / "shapes.py"], check=True)
     return path
 
 def read_rows(source):
@@ -964,7 +964,9 @@ def read_rows(source):
     lines = file.suffix == ".jsonl"
     with using(f"cannot read {file}"):
         text = file.read_text("utf-8-sig").rstrip()  # a byte order mark may open it
-        records = text.split("\n") if lines else list(json.loads(text))  # splitlines cuts strings
+        records = text.split("\n") if lines else json.loads(text)  # splitlines cuts strings, too
+        if not isinstance(records, list):
+            raise ValueError("it is no list of records")
     rows, complaints = [], []
     for n, record in enumerate(tqdm(records, "read", leave=False, delay=2), 1):
         where = f"{file} row {n}"
@@ -974,24 +976,25 @@ def read_rows(source):
 
 def read_row(where, record, folder):
     """A record → Row. An exception says what is wrong with it."""
-    json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # fails at half an emoji
     match record:
         case ({"messages": [{"role": "user", "content": str(problem)},
                             {"role": "assistant", "content": str(solution)}]}
               | {"conversations": [{"from": "human", "value": str(problem)},
                                    {"from": "gpt", "value": str(solution)}]}
               | {"problem": str(problem), "solution": (str() | int() | float()) as solution}):
-            solution = str(solution)
+            used = [problem, solution, record.get("key_steps")]
         case _:
             raise ValueError("no problem and solution, and no turns of one question and its answer")
+    json.dumps(used, ensure_ascii=False, allow_nan=False).encode()  # fails at half an emoji
+    solution = str(solution)
     images = record.get("image_path") or record.get("image") or record.get("images") or []
     images = images if isinstance(images, list) else [images]
     image = r"(?i)(?:image|img|pic|photo)\S*\Z|\.(?:png|jpe?g|gif|webp|bmp)\W* \S*\Z"
     if not images and any(record[x] and re.search(image, f"{record[x]} {x}") for x in record):
         raise ValueError("an image under another name than image_path")
-    images = [(folder / image).resolve(strict=True) for image in images]
-    if problem.count("<image>") not in (0, len(images)):
-        raise ValueError(f"{len(images)} images, but not as many <image> marks")
+    images = [(folder / str(image)).resolve(strict=True) for image in images]
+    if problem.count("<image>") not in (0, len(images)) or not all(map(os.path.isfile, images)):
+        raise ValueError(f"{len(images)} images: not as many <image> marks, or one is no file")
     # The instruction is cut off where the whole of it stands, and marks if all come first.
     instruction = r"\s+".join(map(re.escape, INSTRUCTION.split("{question}")[0].split()))
     problem = re.sub(rf"\A((?:\s*<image>)*)\s*{instruction}", r"\1", problem)
@@ -1053,7 +1056,7 @@ def load_model(name, device, dtype, max_pixels):
     if Path(source, "checkpoint").is_dir():
         source += "/checkpoint"
     with using(f"cannot load {source}"):
-        if not Path(source).is_dir() and "/" not in source:
+        if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             raise ValueError("no folder, no Hub id (owner/name), none of " + ", ".join(SHORT_NAMES))
         model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         if model.config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
@@ -1065,6 +1068,9 @@ def load_model(name, device, dtype, max_pixels):
             raise ValueError("text does not survive its tokenizer; is tokenizer.json missing?")
     return model.to(device).eval(), processor
 
+CANNOT_SAVE = "cannot save; what was saved is whole. Is the disk full? Mend it, and --resume"
+
+@using(CANNOT_SAVE)
 def save_model(model, processor, folder):
     """Writes an ordinary transformers folder."""
     new = Path(f"{folder}.new")
@@ -1137,7 +1143,7 @@ class Run:
 
     def begin(self, data, optimizer):
         """Once data and model have turned out to be good. data: a fingerprint of all rows."""
-        self.data, self.sizes = data, {"metrics.jsonl": 0, "samples.jsonl": 0}
+        self.data, self.sizes = data, {"metrics.jsonl": 0, "samples.jsonl": 0}  # bytes
         state = self.out / "state.pt"
         if state.exists():
             with using(f"{state} cannot be resumed; its checkpoint/ still serves as a --model"):
@@ -1161,7 +1167,7 @@ class Run:
 
     def save(self, policy, processor, optimizer):
         save_model(policy, processor, self.out / "checkpoint")
-        with open(self.out / "state.pt.new", "wb") as f:
+        with using(CANNOT_SAVE), open(self.out / "state.pt.new", "wb") as f:
             torch.save({"step": self.step, "data": self.data, "sizes": self.sizes,
                         "masters": optimizer.masters, "adamw": optimizer.adamw.state_dict()}, f)
         put(f.name, self.out / "state.pt")
@@ -1188,6 +1194,8 @@ def evaluate(cfg, run, policy, processor, rows, when):
     for how, temperature, G in (("greedy", 0.0, 1), ("sampled at T = 1", 1.0, 4)):
         name, scores = f"{when}, {how}", []
         for part in tqdm(parts, name, unit="batch", leave=False):
+            if run.stop:
+                raise KeyboardInterrupt
             prompts = [make_prompt(processor, rows[n], cfg) for n in part]
             seeds = [cfg.seed * 1_000_003 + n for n in part]
             sampled = rollout(policy, processor, prompts, G, cfg.max_new_tokens, temperature, seeds)
@@ -1205,7 +1213,7 @@ CHANGEABLE = {"resume", "out", "device", "micro_batch", "offload_optimizer"}  # 
 def parse_config(argv):
     """Command line → Config. On --resume the settings are those of the run folder."""
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False)
-    known, _ = parser.parse_known_args(argv)
+    known, _ = parser.parse_known_args([x for x in argv if x not in ("-h", "--help")])
     out = known.out or f"runs/{Path(known.model).name}"
     defaults = TINY if known.model == "tiny" else {}
     if known.resume:
@@ -1237,23 +1245,24 @@ def set_up(cfg, run):
     if tiny:
         torch.manual_seed(cfg.seed)
         policy = type(policy)(policy.config).to(device)  # each seed has weights of its own
-    frame = BEFORE + AFTER + build_instruction("") * cfg.instruction
-    frame, images = len(processor.text_ids(frame, layout=True)), processor.image_processor
+    around = BEFORE + AFTER + build_instruction("") * cfg.instruction
+    frame, sizer = len(processor.text_ids(around, layout=True)), processor.image_processor
     for row in tqdm(every, "check", leave=False, delay=2):
         with using(row.where, complaints):
             size = frame + len(processor.text_ids(row.problem))
             for file in row.images:
                 with Image.open(file, formats=FORMATS) as image:  # reads the header only
-                    patches = images.get_number_of_image_patches(image.height, image.width)
-                size += patches // images.merge_size**2 + 2
+                    patches = sizer.get_number_of_image_patches(image.height, image.width)
+                size += patches // sizer.merge_size**2 + 2
             if size > cfg.max_prompt_tokens:
                 raise ValueError(f"a prompt of {size} tokens, more than --max-prompt-tokens")
     count = (f"{len(rows)} questions, {len(warmup_rows)} warm-up paths, {len(test_rows)} held out; "
-             f"{sum(not row.images for row in every)} without image, {len(complaints)} faults")
+             f"{sum(not row.images for row in every)} of them have no image")
     if cfg.warmup_steps > 0 and not warmup_rows:
         complaints.append("no paths for the warm-up: give --warmup-data, or --warmup-steps 0")
     if complaints or not rows:
-        raise UserError("\n  ".join([f"cannot start with {count}", *complaints[:50]]))
+        reasons = f"cannot start with {count}. {len(complaints)} faults:"
+        raise UserError("\n  ".join([reasons, *complaints[:50]]))
     if cfg.warmup_steps < 0:
         cfg.warmup_steps = math.ceil(2 * len(warmup_rows) / cfg.warmup_batch)
     if cfg.steps < 0:
@@ -1264,8 +1273,8 @@ def set_up(cfg, run):
     if dtype == torch.bfloat16:  # a real model
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = MasterAdamW(policy, cfg.offload_optimizer)
-    names = [row._replace(where="", images=[file.name for file in row.images]) for row in every]
-    run.begin(zlib.crc32(json.dumps(names).encode()), optimizer)
+    content = [row._replace(where="", images=[file.name for file in row.images]) for row in every]
+    run.begin(zlib.crc32(json.dumps(content).encode()), optimizer)
     return policy, processor, optimizer, splits
 
 def learn(cfg, run):
@@ -1273,7 +1282,7 @@ def learn(cfg, run):
     policy, processor, optimizer, (rows, warmup_rows, test_rows) = set_up(cfg, run)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, run.ask_to_stop)
-    if run.step <= cfg.warmup_steps:
+    if run.step <= cfg.warmup_steps:  # equal: StepGRPO has not begun
         warm_up(cfg, run, policy, processor, warmup_rows, optimizer)
         save_model(policy, processor, run.out / "reference")
         optimizer.adamw.state.clear()  # StepGRPO begins without moments
@@ -1293,7 +1302,7 @@ def main(argv=None):
     transformers.utils.logging.hf_hub_utils.enable_progress_bars()
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack ─
     try:
-        cfg = parse_config(argv)
+        cfg = parse_config(sys.argv[1:] if argv is None else argv)
         run = Run(cfg)
         try:
             learn(cfg, run)
@@ -1305,10 +1314,11 @@ def main(argv=None):
         sys.exit(f"stepgrpo: {e}")
     except torch.OutOfMemoryError:
         sys.exit("stepgrpo: out of memory. Try --micro-batch 1 or --offload-optimizer")
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
         sys.exit(f"stepgrpo: {e}. What {cfg.out} holds is whole: mend this, and --resume")
     except KeyboardInterrupt:
-        print(f"\nstopped. Go on with: python stepgrpo.py --resume --out {cfg.out}")
+        how = f"Go on with: python stepgrpo.py --resume --out {cfg.out}"
+        print("\nstopped.", how if run.out.exists() else "Nothing was begun")
         sys.exit(130)
 
 # ─── 12. The rewards in TRL and verl ──────────────────────────────────────────────────────────────

@@ -1386,7 +1386,7 @@ def test_a_stop_during_an_evaluation_goes_on_where_it_was(shapes_set, tmp_path):
             out, evaluate = tmp_path / phase, sg.evaluate
 
             def stop(*args):
-                for _ in range(2 * (args[-1] == phase)):  # the first waits for an update
+                if args[-1] == phase:
                     ctrl_c()
                 return evaluate(*args)
 
@@ -1637,7 +1637,7 @@ def test_images_inside_the_text_keep_their_places(folder):
     assert [row.problem for row in rows] == [inside, "Which?"] and len(rows[0].images) == 2
 
 @pytest.mark.parametrize("solution, answer", [
-    (4.5, "4.5"), (True, "True"), ("<answer> 4 </answer>", "4"), ("#### 4", "4"), ("Answer: 4", "4"),
+    (4.5, "4.5"), (True, "True"), ("<answer> 4 </answer>", "4"), ("#### 4", "4"), ("ans: 4", "4"),
     ("So it is 4.\nThe answer is: 4", "4"), ("We get 7 - 3 = 4, so \\boxed{4}.", "4"), (PATH, "4"),
     ("<think>1 or 4?</think><answer>(C)</answer>", "(C)"), ("\\frac{1}{2}", "\\frac{1}{2}")])
 def test_reference_answers_are_read_and_can_be_met(solution, answer, folder):
@@ -1674,7 +1674,7 @@ def test_lines_that_are_no_json_are_bad_rows(folder):
     with pytest.raises(sg.UserError, match="rows.jsonl.gz"):
         (folder / "rows.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
         sg.read_rows(str(folder / "rows.jsonl.gz"))
-    for text in ("[" * 100_000, "5", "{", ""):  # an object would be a bad row for each key
+    for text in ("[" * 100_000, "5", '{"problem": "?"}', "{", ""):
         (folder / "rows.json").write_text(text)
         with pytest.raises(sg.UserError, match="rows.json"):
             sg.read_rows(str(folder / "rows.json"))
@@ -1709,7 +1709,7 @@ def test_a_reference_that_misses_its_own_key_steps_is_said(folder, capsys):
     rows = [R1, R1 | {"key_steps": [["never said"]]}]
     (folder / "rows.json").write_text(json.dumps(rows))
     sg.load_data(sg.Config(data=str(folder / "rows.json"), warmup_steps=0, held_out=0))
-    assert "1 reference paths miss some of their key steps, the first: ['" in capsys.readouterr().out
+    assert "1 reference paths miss some of their key steps, the first:" in capsys.readouterr().out
 
 def test_every_shapes_row_earns_all_and_a_dump_two_of_three(shapes_set):
     rows, complaints = sg.read_rows(str(shapes_set / "train.json"))
@@ -2209,10 +2209,10 @@ def test_mme_counts_questions_and_pairs():
     assert figures["perception"] == figures["reasoning"] == figures["count"] == 75 + 50
     assert next(iter(figures)) == "perception + reasoning" and figures["count acc+"] == 50
 
-@pytest.mark.parametrize("images, pairs", [("112", 50), ("11", 100)])
-def test_an_image_of_mme_with_one_response_is_no_right_pair(images, pairs):
-    rows = [{"category": "count", "image_path": i, "answer": "Yes"} for i in images]
-    figures = ev.summarize("mme", rows, [1] * len(rows))
+@pytest.mark.parametrize("scores, pairs", [([1, 1, 1, None], 50), ([1, 1, None, None], 100)])
+def test_an_image_of_mme_with_one_response_is_no_right_pair(scores, pairs):
+    rows = [{"category": "count", "image_path": i, "answer": "Yes"} for i in "1122"]
+    figures = ev.summarize("mme", rows, scores)
     assert figures["count acc"] == 100 and figures["count acc+"] == pairs
 
 def test_hallusionbench_figures_and_questions_must_be_right_as_a_whole():
@@ -2311,7 +2311,7 @@ def test_predictions_in_every_format(name, tmp_path, capsys):
     result = scores_of(tmp_path / "eval")["mmstar"]
     assert result["counts"]["rows"] == 3  # null counts, and row 3 has none
     assert result["headline"] == pytest.approx(100 / 3)
-    note = "3 rows, 1 unparsed, 1 left out without response, not the published file"
+    note = "3 rows, 1 unparsed, 1 without response, not the published file"
     assert note in capsys.readouterr().out
     lines = Path("eval/mmstar.scored.jsonl").read_text().splitlines()
     assert [json.loads(line)["score"] for line in lines] == [1, 0, 0]
@@ -2444,7 +2444,7 @@ def test_a_run_over_all_miniatures_has_an_average(tiny, tmp_path, capsys):
     ev.main(["--model", str(tiny), "--data", "data", "--out", "out", "--max-new-tokens", "2",
              "--batch-size", "64", "--device", "cpu"])
     table = capsys.readouterr().out
-    assert table.count("2 left out without image") == 1
+    assert table.count("2 without image") == 1
     ours = next(line for line in table.splitlines() if line.startswith(f"| {tiny}"))
     assert "–" not in ours
 

@@ -317,8 +317,9 @@ than {POINTS}. Dark: a moving average; the number is its end.</p>
 
 def print_evaluations(folder):
     """The held-out scores of a run, as a table on the screen."""
+    records = read_run(folder)[3]
     print(f"\n{'held-out questions':34}" + "".join(map("{:>9}".format, SCORES.values())))
-    for record in read_run(folder)[3]:
+    for record in records:
         scores = "".join(f"{record[key]:9.3f}" for key in SCORES)
         print(f"{record['name']:34}{scores}")
 
