@@ -989,8 +989,8 @@ def read_row(where, record, folder):
     solution = str(solution)
     images = record.get("image_path") or record.get("image") or record.get("images") or []
     images = images if isinstance(images, list) else [images]
-    image = r"(?i)(?:image|img|pic|photo)\S*\Z|\.(?:png|jpe?g|gif|webp|bmp)\W* \S*\Z"
-    if not images and any(record[x] and re.search(image, f"{record[x]} {x}") for x in record):
+    sign = r"(?i)(?:image|img|pic|photo)\S*\Z|\.(?:png|jpe?g|gif|webp|bmp)\W* \S*\Z"
+    if not images and any(record[x] and re.search(sign, f"{record[x]} {x}") for x in record):
         raise ValueError("an image under another name than image_path")
     images = [(folder / str(image)).resolve(strict=True) for image in images]
     if problem.count("<image>") not in (0, len(images)) or not all(map(os.path.isfile, images)):
@@ -1324,7 +1324,7 @@ def main(argv=None):
 # ─── 12. The rewards in TRL and verl ──────────────────────────────────────────────────────────────
 
 def trl_step_accuracy(completions, solution, key_steps, **columns):
-    """StepRAR for TRL's GRPOTrainer → floats. Answers may be numbers, lists tuples or arrays."""
+    """StepRAR for TRL's GRPOTrainer → floats. Answers may be numbers, lists may be arrays."""
     return [step_accuracy_reward(completion_text(completion), solution_answer(str(truth)), groups,
                                  reference=str(truth))
             for completion, truth, groups in zip(completions, solution, key_steps, strict=True)]
