@@ -747,14 +747,14 @@ UNITS = {name + s: names[0] for s in ("", "s") for names in map(str.split, """
     ml; °; min minute; h hr hour; day; week; month; year; mph; $ dollar; cent ¢; € euro; unit;
     ¥ yen; £; rad radian; oz ounce""".split(";")) for name in names}
 UNIT = rf"(?:{'|'.join(map(re.escape, UNITS))})(?: \^ [23])?"
-OPENS = r"(?<![\w)\]⦄%°'!$€] )"
+OPENS = r"(?<![\w)\]⦄%°'!$€] )"  # no operand before
 
 # Rules: a pattern, its replacement, and what it is for. The order counts.
 PLAIN = [
     (r"(?i)</?(?:br|b|answer|conclusion)[ /]*>", " "), ("º", "°"),
     (r"[\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe0f\ufeff]", ""),
     (r"⁻?[⁰¹²³⁴-⁹]+|ⁿ", r"^\g<0> "),  # x⁴ is x^4
-    (r"[₀-₉]+", r"_\g<0> "), (r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ","),
+    (r"[₀-₉]+", r"_\g<0> "), (r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ","),  # 1 000
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 2½ is 2 1/2
     (r"(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
 BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
@@ -846,7 +846,7 @@ CHOICE = re.compile(
     r"|(?<!\b[A-H][.:)] )\b(?:yes|no|true|false)\W*\Z)))?(.*)", re.I | re.S)
 NEGATION = r" (?:not?|non|none|nothing|never|without|cannot|neither|nor|≠|\w+n't) "
 NAME = re.compile(r"(?:(?:angle \d+|[^\W\d][\w']*)(?: |\Z)){1,7}(?:\( [\w' ,]+ \))?")
-NUMBER = re.compile(r"(?:\( )?(-?)(?:(\d+) (?=\d+ / ))?"
+NUMBER = re.compile(r"(?:\( )?(-?)(?:(\d+) (?=\d+ / ))?"  # sign, whole of a mixed number, rest
                     r"(\d+(?: / \d*[1-9]\d*|(?:\.\d+)?(?:e-?\d{1,3})?))(?: \))?")
 
 def read_answer(text):
@@ -895,7 +895,7 @@ def parse_key_steps(value):
             raise ValueError(f"key steps: no list of texts: {str(form)[:80]}")
     return groups
 
-DENIED = re.compile(NEGATION + r"(?:(?!but )[^ .,;:!?→]+ ){0,2}\Z")
+DENIED = re.compile(NEGATION + r"(?:(?!but )[^ .,;:!?→]+ ){0,2}\Z")  # in the same clause
 PART = r"[*/^√‐_%±∶]|or|dozen|hundred|thousand|[mb]illion|log|ln|mod"
 # An equation goes on with a unit, a number, an operator, a variable, a function.
 MORE = rf"{PART}|[~\d+°!∪∩-]\S*|(?![ai] )[^\W\d]|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|more|less"
