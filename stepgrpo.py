@@ -77,45 +77,41 @@ class Config:
     """Every setting, with its default for a real checkpoint."""
     model: str = knob("tiny", f"tiny, {', '.join(SHORT_NAMES)}, a Hub id or a folder")
     data: str = knob("shapes", "shapes, or a .json or .jsonl file of questions")
-    warmup_data: str = knob("", "file of paths to imitate; '' = those of shapes, else no warm-up")
+    warmup_data: str = knob("", "such a file of paths to imitate; '' = shapes' own, or none")
     out: str = knob("", "run folder; '' = runs/<model>")
     resume: bool = knob(False, "go on with the run in --out")
-    seed: int = knob(0, "of data order, sampling and the tiny model's weights")
-    device: str = knob("auto", "auto, cpu or cuda (which GPU: CUDA_VISIBLE_DEVICES)")
+    seed: int = knob(0, "of data order, sampling and tiny's weights")
+    device: str = knob("auto", "auto, cpu or cuda (CUDA_VISIBLE_DEVICES picks the GPU)")
     warmup_steps: int = knob(-1, "updates of imitation; -1 = two epochs (paper), 0 = none")
     warmup_batch: int = knob(128, "reference paths per update (paper)")
     warmup_lr: float = knob(1e-5, "peak learning rate, cosine (paper, 2B; 5e-6 for 7B)")
     steps: int = knob(-1, "StepGRPO updates; -1 = 13,125 (official), shapes: one pass")
     questions: int = knob(4, "Q, questions per update (official, 2B; 16 for 7B)")
     group_size: int = knob(4, "G, completions per question (paper: M)")
-    temperature: float = knob(1.2, "of sampling, and of log-probs in StepGRPO (paper)")
+    temperature: float = knob(1.2, "of sampling and of StepGRPO's log-probs (paper)")
     max_new_tokens: int = knob(1024, "C, completion limit in tokens (paper)")
     reward: Literal["step", "outcome", "accuracy", "validity"] = knob(
-        "step", "both rewards, right answer only (plain GRPO), StepRAR, or StepRVR")
+        "step", "both rewards, right answer (plain GRPO), StepRAR or StepRVR")
     alpha: float = knob(0.1, "α, weight of the key steps in StepRAR (paper)")
     beta: float = knob(0.04, "β, weight of the KL to the reference (paper)")
     clip: float = knob(0.2, "ε, clip range of the ratio (ours; acts if μ > 1)")
     inner_updates: int = knob(1, "μ, optimiser steps per rollout (paper)")
     lr: float = knob(1e-6, "peak learning rate, linear decay to 0 (paper, official)")
     instruction: bool = knob(True, "ask for the template in the prompt (official)")
-    max_pixels: int = knob(400_000, "larger images are shrunk to this (official)")
-    max_prompt_tokens: int = knob(2048, "a longer prompt is an error, never cut (ours)")
-    held_out: int = knob(200, "questions to evaluate on, at most a tenth of the data (ours)")
-    micro_batch: int = knob(1, "questions per forward: memory and speed, not the result")
+    max_pixels: int = knob(400_000, "larger images are shrunk (official)")
+    max_prompt_tokens: int = knob(2048, "longer prompts are errors, never cut (ours)")
+    held_out: int = knob(200, "questions to evaluate on, at most a tenth of all (ours)")
+    micro_batch: int = knob(1, "questions per forward: for memory and speed")
     offload_optimizer: bool = knob(False, "fp32 weights and moments in host memory")
     save_every: int = knob(100, "updates between checkpoints")
     show_every: int = knob(10, "updates between two printed groups")
-
-MAX_GRAD_NORM = 1.0  # official code, here and in the warm-up
-WARMUP_RATIO = 0.03  # share of the warm-up in which its learning rate rises (official code)
 
 # What `python stepgrpo.py` runs. Half a million fresh weights bear larger steps than two billion
 # trained ones, and a task this small needs fewer of them. The method is the same.
 TINY = dict(
     warmup_steps=1800, warmup_batch=8, warmup_lr=2e-3,
     steps=80, questions=8, group_size=8, lr=3e-4, beta=0.01, temperature=1.0, max_new_tokens=128,
-    instruction=False,  # the warm-up teaches the template
-    held_out=300, micro_batch=8)
+    held_out=300, micro_batch=8, instruction=False)  # the warm-up teaches the template
 
 # ─── 2. Template and sections ─────────────────────────────────────────────────────────────────────
 
@@ -177,12 +173,10 @@ def split_sections(text):
 # ─── 3. Rewards, advantages, objective ────────────────────────────────────────────────────────────
 
 def earned_key_steps(text, key_steps, reference=None):
-    """For each of the K key-step groups, the index of the step that earns it, or None.
+    """For each of the K key-step groups, the index of the first step that states it, or None.
 
-    The first step that states a form of a group earns it. One step earns at most max(2, ceil(K/3))
-    groups, or as many as the densest step of the reference path, if that is given (ours). Without
-    this cap the best policy would be one step that lists all key words.
-    """
+    One step earns at most max(2, ceil(K/3)) groups, or as many as the densest step of a reference
+    path (ours). Without this cap the best policy would be one step that lists all key words."""
     groups = parse_key_steps(key_steps)
     densest = max(map(len, stated_key_steps(reference or "", groups)), default=0)
     cap = max(2, math.ceil(len(groups) / 3), densest)
@@ -202,8 +196,7 @@ def step_accuracy_reward(text, answer, key_steps, alpha=0.1, reference=None):
     """StepRAR (paper, Eq. 2): 1 + α·k for the right answer, α·k for a wrong one, 0 for none.
 
     answer: the ground truth; key_steps: groups of equivalent forms; reference: the reference path,
-    if there is one. ValueError: ground truth or key steps are empty.
-    """
+    if there is one. ValueError: ground truth or key steps are empty."""
     if not has_content(answer):
         raise ValueError(f"the ground-truth answer is empty: {answer!r}")
     prediction = final_answer(text)
@@ -218,8 +211,7 @@ def step_validity_reward(text):
 
     Complete: description, rationale, at least one step and an answer, each with a letter or digit.
     Logical: description and rationale come first, then steps 1 … n in order, then one answer.
-    The official code also pays an empty skeleton, two answers, and a step after the answer.
-    """
+    The official code also pays an empty skeleton, two answers, and a step after the answer."""
     sections = split_sections(text)
     steps, order = sections.steps, sections.order
     needed = [sections.description, sections.rationale, *steps, final_answer(text)]
@@ -232,8 +224,7 @@ def group_advantages(rewards):
     """(Q, G) → (Q, G): A = (r − mean) / (std + 1e-4) in each group, unbiased std (official code).
 
     A flat group, with all rewards equal, gets exactly 0. The z-score knows no scale: a difference
-    of 0.03, alone in its group, weighs as much as right against wrong.
-    """
+    of 0.03, alone in its group, weighs as much as right against wrong."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (Q, G) with G ≥ 2, not {tuple(rewards.shape)}")
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)  # (Q, 1)
@@ -251,8 +242,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip=0.2, beta=0.04
     clip takes away).
 
     With one update per rollout old = logp. So ρ is 1, the advantages sum to 0, and the loss is β·KL
-    in value: it starts at 0 and rises. Its gradient is what teaches.
-    """
+    in value: it starts at 0 and rises. Its gradient is what teaches."""
     A = advantages[:, None]  # (B, 1)
     ratio = torch.exp(logps - old_logps)  # (B, C)
     gain = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
@@ -282,27 +272,23 @@ class Prompt(NamedTuple):
 
 class Processor:
     """Tokenizer and image processor of a checkpoint. (AutoProcessor needs torchvision.)"""
-
     def __init__(self, tokenizer, image_processor, model):
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.rope_index = model.model.get_rope_index
-        special = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
-        self.image_token = special["<|image_pad|>"]
-        self.eos = [special.pop(token) for token in EOS_TOKENS]
+        self.image_token = model.config.image_token_id
+        self.eos = tokenizer.convert_tokens_to_ids(EOS_TOKENS)
         # Ids that no completion may hold: an image token would ask for pixels, and the embedding
         # has rows past the tokenizer's last id that mean nothing.
         vocabulary = model.config.get_text_config().vocab_size
         self.banned = torch.arange(vocabulary) >= len(tokenizer)  # (V,)
-        self.banned[list(special.values())] = True
+        self.banned[tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)] = True
+        self.banned[self.eos] = False
 
     @functools.lru_cache(maxsize=8192)
     def text_ids(self, text, layout=False):
         """Special tokens count only in our own layout. In a user's text they are characters."""
         return tuple(self.tokenizer(text, add_special_tokens=False,
                                     split_special_tokens=not layout)["input_ids"])
-
-    def decode(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def prompt(self, text, images=()):
         """Chat layout of Qwen2-VL. Images stand where the text says <image>, or else before it."""
@@ -333,18 +319,6 @@ def stack_prompts(prompts, padding, device):
     last = torch.arange(len(prompts), device=device), lengths - 1
     return ids.to(device), positions.to(device), is_real, last
 
-def embed(model, ids, prompts):
-    """ids (Q, N) → (Q, N, H), with the features of all images. One pass of the vision tower."""
-    x = model.get_input_embeddings()(ids)  # (Q, N, H)
-    seeing = [prompt for prompt in prompts if prompt.pixels is not None]
-    if seeing:
-        pixels = torch.cat([prompt.pixels for prompt in seeing]).to(x.device, x.dtype)
-        grids = torch.cat([prompt.grids for prompt in seeing]).to(x.device)
-        features = model.model.get_image_features(pixels, grids).pooler_output
-        is_image = (ids == model.config.image_token_id)[..., None]  # (Q, N, 1)
-        x = x.masked_scatter(is_image, torch.cat(tuple(features)).to(x.dtype))
-    return x
-
 # transformers' forward knows no prompt that G completions share: it would encode it G times. So
 # the layer of Qwen2 stands here, over the modules of the loaded model, with attention as argument.
 
@@ -373,10 +347,17 @@ def decoder_layer(layer, x, cos, sin, attend):
 
 def forward(model, ids, positions, prompts, attend):
     """ids (Q, N), positions (3, Q, N) → hidden states (Q, N, H), before the last norm."""
-    x = embed(model, ids, prompts)
+    x = model.get_input_embeddings()(ids)  # (Q, N, H)
+    seeing = [prompt for prompt in prompts if prompt.pixels is not None]
+    if seeing:  # one pass of the vision tower for all images
+        pixels = torch.cat([prompt.pixels for prompt in seeing]).to(x.device, x.dtype)
+        grids = torch.cat([prompt.grids for prompt in seeing]).to(x.device)
+        features = model.model.get_image_features(pixels, grids).pooler_output
+        is_image = (ids == model.config.image_token_id)[..., None]  # (Q, N, 1)
+        x = x.masked_scatter(is_image, torch.cat(tuple(features)).to(x.dtype))
     cos, sin = rope_tables(model, positions, x)
     for layer in model.model.language_model.layers:
-        if model.training and layer.gradient_checkpointing:
+        if layer.gradient_checkpointing and torch.is_grad_enabled():
             x = checkpoint(decoder_layer, layer, x, cos, sin, attend, use_reentrant=False)
         else:
             x = decoder_layer(layer, x, cos, sin, attend)
@@ -395,10 +376,8 @@ def prompt_attention(q, k, v):
     return attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
 
 def group_attention(P, G, visible, layer, q, k, v):
-    """Prompts see themselves; each completion sees its prompt and itself: (Q, N, heads, D).
-
-    P² + G·C·(P + C) scores, where G forwards need G·(P + C)². visible (Q, 1, C, P + C) bool.
-    """
+    """Prompts see themselves; each completion sees its prompt and itself: (Q, N, heads, D). Costs
+    P² + G·C·(P + C) scores, where G forwards need G·(P + C)². visible (Q, 1, C, P + C) bool."""
     out = prompt_attention(q[:, :P], k[:, :P], v[:, :P])  # (Q, P, h·r, D)
     own_q, own_k, own_v = (x[:, P:].unflatten(1, (G, -1)) for x in (q, k, v))  # (Q, G, C, …)
     k, v = (x[:, None, :P].expand(-1, G, -1, -1, -1) for x in (k, v))  # (Q, G, P, h, D)
@@ -427,8 +406,7 @@ def completion_logps(model, processor, prompts, completions, temperature=1.0):
     """Log-probs of all tokens of Q·G completions, with image and prompt encoded once per question.
 
     completions: Q lists of G id tensors (C,) → logps, mask (B, C); mask is True on tokens, logps is
-    0 elsewhere. Equal to Q·G separate forwards. In the warm-up G is 1.
-    """
+    0 elsewhere. Equal to Q·G separate forwards. In the warm-up G is 1."""
     Q, G, device = len(prompts), len(completions[0]), model.device
     own_ids = [ids for group in completions for ids in group]
     own = pad_sequence(own_ids, True, processor.eos[0]).to(device)  # (B, C)
@@ -462,41 +440,37 @@ class Rollout(NamedTuple):
     texts: list  # G strings
     logps: list  # G tensors (C,): log-prob of each token as it was sampled
 
+@torch.no_grad()
 def rollout(model, processor, prompts, group_size, max_new_tokens, temperature=1.0, seeds=None):
     """Samples `group_size` completions for each of Q prompts → Rollout. Temperature 0 is greedy.
 
     A completion ends at either EOS, or after max_new_tokens. seeds: Q numbers; so the completions
-    of a question do not depend on the batch. The checkpoint's generation_config plays no part.
-    """
-    G, C, was_training = group_size, max_new_tokens, model.training
+    of a question do not depend on the batch. The checkpoint's generation_config plays no part."""
+    G, C = group_size, max_new_tokens
     seeds = seeds or [random.getrandbits(60) for _ in prompts]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = torch.stack([1 - torch.rand(G, C, generator=g) for g in generators])  # (Q, G, C)
-    model.eval()
-    with torch.inference_mode():
-        decoder = Decoder(model, processor, prompts, uniform, temperature)
-        decoder.step(1)
-        replay = capture(decoder, C) if model.device.type == "cuda" else None
-        for c in tqdm(range(1, C), "rollout", unit="token", leave=False, delay=5):
-            if c % 8 == 0 and decoder.ended.all():  # asking is a sync: not at every token
-                break
-            replay() if replay else decoder.step(c + 1)
-        ids, logps = decoder.ids.T.cpu(), decoder.logps.T.cpu()  # (B, C)
-    model.train(was_training)
+    decoder = Decoder(model, processor, prompts, uniform, temperature)
+    decoder.step(1)
+    step = capture(decoder, C) if model.device.type == "cuda" else decoder.step
+    for c in tqdm(range(1, C), "rollout", unit="token", leave=False, delay=5):
+        if c % 8 == 0 and decoder.ended.all():  # asking is a sync: not at every token
+            break
+        step(c + 1)
+    ids, logps = decoder.ids.T.cpu(), decoder.logps.T.cpu()  # (B, C)
     # Sampling went on behind the EOS of a completion until all were done: cut there.
     is_eos = torch.isin(ids, torch.tensor(processor.eos))  # (B, C)
     ends = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, C).tolist()
     ids, logps = ([row[:end].clone() for row, end in zip(x, ends)] for x in (ids, logps))
-    return Rollout(*(chunks(x, G) for x in (ids, list(map(processor.decode, ids)), logps)))
+    texts = [processor.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    return Rollout(*(chunks(x, G) for x in (ids, texts, logps)))
 
 class Decoder:
     """The KV cache of B = Q·G completions, and `step`, which samples one token for each.
 
     Keys and values of a prompt stand once per question, (Q, h, P, D), beside those of its G
     completions, (Q, h, G, C, D). `step` works on tensors that stay in their place and asks nothing
-    of the device, so CUDA can capture it as a graph; else 800 kernels per token wait for Python.
-    """
-
+    of the device, so CUDA can capture it as a graph; else 800 kernels per token wait for Python."""
     def __init__(self, model, processor, prompts, uniform, temperature):
         """Encodes each prompt once. uniform (Q, G, C): a number in (0, 1] for each token."""
         (Q, G, C), device = uniform.shape, model.device
@@ -572,22 +546,21 @@ def sample(logps, uniform):
     return torch.where(possible, token, logps.argmax(-1, keepdim=True))[:, 0]
 
 def capture(decoder, length):
-    """`decoder.step` as a CUDA graph → its replay; None if CUDA refuses. A step has run before it,
-    so CUDA's libraries are loaded. The outer `with` leaves the stream of a capture that fails."""
+    """`decoder.step` as a CUDA graph of this length, or as it is if CUDA refuses. A step has run
+    before, so CUDA's libraries are loaded. The outer `with` leaves a failed capture's stream."""
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             decoder.step(length)
-        return graph.replay
+        return lambda length: graph.replay()
     except (RuntimeError, AssertionError) as e:
         tqdm.write(f"no CUDA graph, so sampling is slower: {str(e).strip().splitlines()[0]}")
-        return None
+        return decoder.step
 
 # ─── 6. Training ──────────────────────────────────────────────────────────────────────────────────
 
 def warm_up(cfg, run, policy, processor, rows, optimizer):
     """Supervised fine-tuning: mean negative log-likelihood of the tokens of reference paths."""
-    policy.train()
     bar = tqdm(range(run.step, cfg.warmup_steps), "warm-up", unit="update")
     for step in bar:
         batch = draw(rows, cfg.warmup_batch, cfg.seed, step)
@@ -601,18 +574,18 @@ def warm_up(cfg, run, policy, processor, rows, optimizer):
             loss = -logps.sum() / tokens  # of all tokens of the update
             loss.backward()
             loss_sum += loss.item()
-        progress = (step + 0.5) / cfg.warmup_steps  # lr rises, then falls as half a cosine
-        fall = max(0.0, progress - WARMUP_RATIO) / (1 - WARMUP_RATIO)
-        lr = cfg.warmup_lr * min(1.0, progress / WARMUP_RATIO) * math.cos(math.pi * fall / 2) ** 2
+        # The learning rate rises over 3 % of the updates (official), then falls as half a cosine.
+        progress = (step + 0.5) / cfg.warmup_steps
+        fall = max(0.0, progress - 0.03) / 0.97
+        lr = cfg.warmup_lr * min(1.0, progress / 0.03) * math.cos(math.pi * fall / 2) ** 2
         record = {"loss": loss_sum, "grad_norm": optimizer.step(lr), "lr": lr}
         run.log("metrics.jsonl", {"phase": "warm-up", "step": step + 1, **record})
         bar.set_postfix(loss=f"{loss_sum:.3f}")
-        run.end_update(policy, processor, optimizer)
+        run.end_update()
 
 def train(cfg, run, policy, reference, processor, rows, optimizer):
     """The StepGRPO loop: sample, score, compare, update, log, save."""
     Q, first = cfg.questions, run.step - cfg.warmup_steps
-    policy.train()
     for step in range(first, cfg.steps):
         began = time.perf_counter()
         # 1. Draw Q questions and sample G completions for each. Random numbers belong to the
@@ -660,11 +633,9 @@ def train(cfg, run, policy, reference, processor, rows, optimizer):
                   "seconds": time.perf_counter() - began}
         run.log("metrics.jsonl", record)
         show(cfg, run, record, batch, sampled.texts, scores, rewards, advantages)
-        run.end_update(policy, processor, optimizer)
+        run.end_update()
 
-# ══════════════════════════════════════════════════════════════════════════════════════════════════
-#     Details: called by name above. Skip them at first reading.
-# ══════════════════════════════════════════════════════════════════════════════════════════════════
+# ════════════════════ Details: called by name above. Skip them at first reading. ═══════════════════
 
 # ─── 7. Scores, batches, output ───────────────────────────────────────────────────────────────────
 
@@ -733,7 +704,7 @@ def show(cfg, run, record, batch, texts, scores, rewards, advantages):
 # A reward must never pay a wrong answer. So only what is surely the same gets one spelling; what is
 # not understood stays in the text and makes it different. Nothing is evaluated.
 SIGNS = str.maketrans(
-    dict(zip("−–×·⋅∗∙÷∕⁄∆≦⩽≧⩾∼∣⇒’‘′“”", "--*****///δ≤≤≥≥~|→'''\"\"")) | {"—": ";"}
+    dict(zip("−–×·⋅÷⁄≦⩽≧⩾∼⇒’‘′“”", "--***//≤≤≥≥~→'''\"\"")) | {"—": ";"}
     | {"∛": "√[3]"} | dict.fromkeys("∠∡", " angle ") | dict.fromkeys("△▵", " triangle "))
 # By name, typed (90 degrees) or as a LaTeX command (90^\circ).
 NAMED = {
@@ -743,46 +714,44 @@ NAMED = {
 # Nothing else is a unit: '4 sin θ' is not 4 of the unit sin θ. The first name stands for all.
 UNITS = {name + s: names[0] for s in ("", "s") for names in map(str.split, """
     m meter metre; cm centimeter centimetre; mm millimeter; km kilometer; in inch inche; mi mile;
-    ft foot feet; yd yard; g gram; kg kilogram; lb pound; l liter litre; s sec second;
-    ml; °; min minute; h hr hour; day; week; month; year; mph; $ dollar; cent ¢; € euro; unit;
-    ¥ yen; £; rad radian; oz ounce""".split(";")) for name in names}
+    ft foot feet; g gram; kg kilogram; lb pound; l liter litre; ml; s sec second; min minute;
+    h hr hour; day; week; month; year; rad radian; mph; °; $ dollar; cent ¢; € euro; ¥ yen; £; unit
+    """.split(";")) for name in names}
 UNIT = rf"(?:{'|'.join(map(re.escape, UNITS))})(?: \^ [23])?"
 OPENS = r"(?<![\w)\]⦄%°'!$€] )"  # no operand before
 
 # Rules: a pattern, its replacement, and what it is for. The order counts.
 PLAIN = [
-    (r"(?i)</?(?:br|b|answer|conclusion)[ /]*>", " "), ("º", "°"),
+    (r"</?\w+ ?/?>", " "),
     (r"[\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe0f\ufeff]", ""),
-    (r"⁻?[⁰¹²³⁴-⁹]+|ⁿ", r"^\g<0> "),  # x⁴ is x^4
-    (r"[₀-₉]+", r"_\g<0> "), (r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))", ","),  # 1 000
+    (r"⁻?[⁰¹²³⁴-⁹]+|ⁿ", r"^\g<0> "), (r"[₀-₉]+", r"_\g<0> "),  # x⁴ is x^4
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 2½ is 2 1/2
     (r"(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
-BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
 LATEX = [
     (r"(?:,?\\[,!]|\{,\})(?=\d{3})", ","),  # 1{,}234
-    (r"\$\$|`|\\(?:left|right|displaystyle|q?quad)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
-    (r"(?<!\\)\$(?! )([^$\n]+)(?<![ \\])\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
+    (r"\$\$|`|\\(?:left|right|q?quad)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
+    (r"\$(?! )([^$\n]+)(?<![ \\])\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
     *2 * [(BOX, r" \1 ")],
-    (r"\n\s*(?:[-*•] |\(?\d[.)] (?=[^\W\d]))?|\\\\", " ; "),  # a bullet, a number
-    (r"\\?([$€£¥]) ?(-?\d(?:[\d.,]*\d)?)", r"\2 \1 "),  # $5 is 5 $
-    (r"\\([%$&#_|])", r"\1"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
-    (r"\\[dt]?frac(\d)(\d)", r" \1/\2"),
-    (r"\\[dt]?frac ?(?=\{)", " "), (r"_\{(\d+|[^\W\d]\w*)\}", r"_\1 "), (r"\} ?\{", "}/{"),
+    (r"\n\s*(?:[-*•] )?|\\\\", " ; "),  # a bullet
+    (r"\\?([$€£¥]) ?(-?[\d.,]*\d)", r"\2 \1 "),  # $5 is 5 $
+    (r"\\([%$])", r"\1"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
+    (r"\\[dt]?frac(\d)(\d)", r" \1/\2"), (r"\\[dt]?frac ?(?=\{)", " "), (r"\} ?\{", "}/{"),
     *((rf"(?:\\|(?<![a-z]))(?:{names})(?![a-z])", f" {sign}") for sign, names in NAMED.items()),
     # HTML's entities have LaTeX's names: \leq is &leq; is ≤.
     (r"\\([a-z]+)", lambda m: html.entities.html5.get(m[1] + ";", f" {m[1]} ")),
-    *4 * [(r"\{ *(-?[\d.]+|[^\W\d]\w*|\W?) *\}", r" \1 "),  # innermost first
+    *3 * [(r"\{ *(-?[\d.]+|[^\W\d]\w*|\W?) *\}", r" \1 "),  # innermost first
           (r"\{([^{}]*,[^{}]*)\}", r" ⦃\1⦄ "), (r"\{([^{}]*)\}", r" (\1) ")]]
 TYPED = [
     ("<=", "≤"), (">=", "≥"), (r"!=|=/=|(?:not|¬) ?=", "≠"), (r"\|\||//", "∥"),
     (r"(?<!\d)\"|\*\*+", " "),  # not 5"
     (r"[\^*] *\(? ?([°']+) ?\)?", r"\1"),  # 90^{\circ}
     (r"(?<=\d) ?x ?(?=\d)", "*"), (r"(?<=\d) ?: ?(?=\d)", "∶"),
-    (r"(?<![\d.,(\[|⦃])\d{1,3}(?:,\d{3})+(?!,?\d| ?⟩)",
+    (r"(?<![\d.,(\[|⦃])\d{1,3}(?:,\d{3})+(?!,?\d)",
      lambda m: m[0].replace(",", ""))]  # 1,234, not (1,234)
 # A number, perhaps with a letter; a Greek letter; a word; any other sign.
 TOKEN = re.compile(
-    r"\d*\.?\d+(?:e[-+]?\d+\b|[a-z](?![\w']))?|[α-ω]|[^\W\d_α-ω](?:[^\W_α-ω]|')*|[^\s\w]|_")
+    r"\d*\.?\d+(?:e[-+]?\d+\b|[a-z]\b)?|[α-ω]|[^\W\d_α-ω](?:[^\W_α-ω]|')*|[^\s\w]|_")
 GRAMMAR = [
     (r" \.(?=\d)", " 0."), (r"(\.\d*?[1-9])0+(?= )|\.0+(?= )", r"\1"),  # .50 is 0.5
     (rf"(?<=[\dπ)]) (sq|square|cubic) ({UNIT}) ", lambda m: f" {m[2]} ^ {2 + (m[1] == 'cubic')} "),
@@ -792,7 +761,7 @@ GRAMMAR = [
     (rf"{OPENS}\( (-? ?√? ?(?:[\d.]+|[^\W\d]\w*)) \)(?! [\^!])", r"\1"),  # not f(3)
     (rf"{OPENS}(?<![\^√/] )\( ([\w. √]+) \)(?= /)", r"\1"),  # (2√3)/5
     (r"(?<=[\d)]) \( (\d[\d.]*) \)", r" * \1"),  # 7(3)
-    (r"(?<=[\d)π]) \*(?= [√(α-ω]| [a-z] | sin| cos| tan)", ""), (r"(?<=\d) (?=[b-z] )", "")]  # 2x
+    (r"(?<=[\d)π]) \*(?= [√(α-ω]| [a-z] )", ""), (r"(?<=\d) (?=[b-z] )", "")]  # 2x
 
 def replace(rules, text):
     for pattern, new in rules:
@@ -808,8 +777,7 @@ def canonical(text):
     r"""One spelling for all ways to write the same: tokens joined by single spaces (ours).
 
     '\frac{6}{3} = 2', '6÷3=2' and '6 divided by 3 equals 2' become '6 / 3 = 2'. A number is one
-    token, so 3 is not found in 13, 3.5, 1,300 or -3. So is a unit after a number: '5 ~cm^2'.
-    """
+    token, so 3 is not found in 13, 3.5, 1,300 or -3. So is a unit after a number: '5 ~cm^2'."""
     text = replace(LATEX, plain(text).lower()).translate(SIGNS)
     tokens = TOKEN.findall(replace(TYPED, text))
     return replace(GRAMMAR, f" {' '.join(tokens)} ").strip(" .,;:")
@@ -821,9 +789,9 @@ def has_content(text):
 WRAPPED = re.compile(rf"{BOX}|\\[(\[](.*)\\[)\]]|\$([^$]*)\$|[\"“']([^\"']*)[\"”']", re.S)
 ASIDE = [
     (r"(?is)(?<=\S)(?:[,;.(\s]{1,3}(?:because|since)|[,;.(\n][\s*]{,4}(?:as|this|note|reason"
-     r"|expl\w+)|, which(?! is [nwi])| is correct(?=\W*$))\b.*", ""),
-    (r"(?i)\A[\s:=*`_]*(?:(?:so|thus|hence|therefore|the|my)[\s,]+)*(?:(?:final |correct )*(?:ans"
-     r"|answer|option|choice|result|solution)(?: (?:is|[ws]h?ould be)\b|[\s*]*[:\n])[\s:*]*)?", ""),
+     r"|expl\w+))\b.*", ""),
+    (r"(?i)\A[\s:=*`_]*(?:(?:so|thus|hence|therefore|\w+ly(?=,)|the|my|final|correct|ans|answer"
+     r"|option|choice|is)\b[\s,:*]*)*(?=\S)", ""),
     (r"(?<![\s*`_.])[\s*`_.]+\Z", "")]
 
 @functools.lru_cache(8192)
@@ -841,11 +809,10 @@ def final_answer(text):
 
 # 'C', '(C)', 'C. 58', 'option C', 'Yes, the bars differ'; not 'A dog', 'A, B', 'A or C'.
 CHOICE = re.compile(
-    r"(?:(?:option |choice )?\(? ?([a-h]|yes|no|true|false)(?: ?\)|(?=\s?—|[.,:;\n]|\Z))[.,:;)]*"
-    r"(?![^\s—])(?!.*(?:\bor\b|\([a-h]\)|(?<!°)(?-i:\b[A-H]\b(?! [a-z]))"
-    r"|(?<!\b[A-H][.:)] )\b(?:yes|no|true|false)\W*\Z)))?(.*)", re.I | re.S)
+    r"(?:\(? ?([a-h]|yes|no|true|false)(?: ?\)|(?=[.,:;\n]|\Z))[.,:;)]*(?!\S)"
+    r"(?!.*(?<!°)(?-i:\b[A-H]\b(?! [a-z]))))?(.*)", re.I | re.S)
 NEGATION = r" (?:not?|non|none|nothing|never|without|cannot|neither|nor|≠|\w+n't) "
-NAME = re.compile(r"(?:(?:angle \d+|[^\W\d][\w']*)(?: |\Z)){1,7}(?:\( [\w' ,]+ \))?")
+NAME = re.compile(r"[^\W\d][\w' ]*")
 NUMBER = re.compile(r"(?:\( )?(-?)(?:(\d+) (?=\d+ / ))?"  # sign, whole of a mixed number, rest
                     r"(\d+(?: / \d*[1-9]\d*|(?:\.\d+)?(?:e-?\d{1,3})?))(?: \))?")
 
@@ -853,19 +820,18 @@ def read_answer(text):
     """'(C) 58' → ('c', '', 58, None), 'x = 10/2 = 5 cm' → ('', 'x', 5, '~cm'): choice, name, value,
     unit. Of a chain of equalities the last side counts, if the others only compute it."""
     choice, text = CHOICE.fullmatch(undecorated(text or "")).groups("")
-    text = re.sub(r"^\( ([^(),]*) \)$", r"\1", canonical(text))
+    text = canonical(text)
     name, (*sides, value) = "", text.split(" = ")
-    if sides and NAME.fullmatch(sides[0]) and not re.search(NEGATION, f" {sides[0]} "):
+    while sides and NAME.fullmatch(sides[0]) and not re.search(NEGATION, f" {sides[0]} "):
         name, *sides = sides
-    work = re.sub(r" ~\S+|\b(?:sin|cos|tan|of|angle) ", "", " = ".join(sides))
-    # '3 or x', '2 y' and '<' say more than a computation. Without a name any letter does.
-    more = r"[\w)%] (?:[^\W\d]{2,}|[^\W\drdπ]\Z)|\d[a-z]\Z" if name else r"[^\W\dπ]"
-    if not re.search(r"[\dπ]", value) or re.search(rf"[<>≤≥≠≈,;]|{more}", work):
+    work = re.sub(r" ~\S+|\b(?:sin|cos|tan|of) ", "", " = ".join(sides))
+    # A letter but π, and a sign like '<', say more than a computation.
+    if not re.search(r"[\dπ]", value) or re.search(r"[<>≤≥≠≈,;]|[^\W\dπ]", work):
         name, value = "", text
     value, unit = re.fullmatch(r"(.*?)(?: (%|~\S+))?", value).groups()
     if match := NUMBER.fullmatch(value.replace(" * 10 ^ ", "e").replace(" million", "e6")):
-        value = Fraction(match[2] or 0) + Fraction(match[3].replace(" ", ""))
-        value = -value if match[1] else value
+        size = Fraction(match[2] or 0) + Fraction(match[3].replace(" ", ""))
+        value = -size if match[1] else size
     return choice.lower(), name, value, unit
 
 def same_answer(a, b):
@@ -883,22 +849,21 @@ def same_answer(a, b):
     return a == b != ""
 
 def parse_key_steps(value):
-    """Key steps as users bring them → K groups, each a list of equivalent forms. Takes a list of
-    groups or bare forms, or the dict of R1-VL-10K, of which only "Steps" is used, also alone in a
-    list; tuples and arrays as lists. ValueError: malformed."""
+    """Key steps as users bring them → K groups, each a list of equivalent forms. Takes groups or
+    bare forms in lists or arrays, or the dict of R1-VL-10K ("Steps"). ValueError: malformed."""
     groups = []
     match json.loads(json.dumps(value, default=lambda array: array.tolist())):
         case [{"Steps": [*found]}, *_] | {"Steps": [*found]} | [*found]:
             groups = [forms if isinstance(forms, list) else [forms] for forms in found]
-    for form in (x for forms in groups or [[]] for x in forms or [[value]]):
-        if not isinstance(form, str) or not canonical(form):
-            raise ValueError(f"key steps: no list of texts: {str(form)[:80]}")
+    texts = sum(groups, [])
+    if not all([groups, *groups]) or not all(isinstance(x, str) and canonical(x) for x in texts):
+        raise ValueError(f"key steps: no list of texts: {str(value)[:200]}")
     return groups
 
-DENIED = re.compile(NEGATION + r"(?:(?!but )[^ .,;:!?→]+ ){0,2}\Z")  # in the same clause
-PART = r"[*/^√‐_%±∶]|or|dozen|hundred|thousand|[mb]illion|log|ln|mod"
+DENIED = re.compile(NEGATION + r"(?:[^ .,;:!?→]+ ){0,2}\Z")  # in the same clause
+PART = r"[*/^√‐_%±∶]|or|dozen|hundred|thousand|[mb]illion|log|ln"
 # An equation goes on with a unit, a number, an operator, a variable, a function.
-MORE = rf"{PART}|[~\d+°!∪∩-]\S*|(?![ai] )[^\W\d]|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|more|less"
+MORE = rf"{PART}|[~\d+°!∪∩-]\S*|(?![ai] )[^\W\d]|sin|cos|tan|cot|more|less"
 
 def says(step, form):
     """Whether a step states a form, both canonical. Not if its clause denies it, or "or" offers
@@ -909,12 +874,11 @@ def says(step, form):
     part, pattern = PART, re.escape(form)
     if re.search("[=<>≤≥≈]", form):
         part = MORE
-        pattern = r"(?<!\) )" + re.sub(r"(\S+)( ~\S+)?", with_or_without_unit, form)
-    denies = re.search(NEGATION, f" {form} ")
+        pattern = re.sub(r"(\S+)( ~\S+)?", with_or_without_unit, form)
     for match in re.finditer(rf"(?<= ){pattern} ", f" {step} "):
         head, tail = match.string[:match.start()][-60:], match.string[match.end():]
         tied = re.search(rf" (?:{part}) \Z", head) or re.match(rf"(?:[(\[|] )?(?:{part}) ", tail)
-        if not tied and (denies or not DENIED.search(head)):
+        if not tied and not DENIED.search(head):
             return True
     return False
 
@@ -964,9 +928,7 @@ def read_rows(source):
     lines = file.suffix == ".jsonl"
     with using(f"cannot read {file}"):
         text = file.read_text("utf-8-sig").rstrip()  # a byte order mark may open it
-        records = text.split("\n") if lines else json.loads(text)  # splitlines cuts strings, too
-        if not isinstance(records, list):
-            raise ValueError("it is no list of records")
+        records = text.split("\n") if lines else [*json.loads(text)]  # splitlines cuts strings
     rows, complaints = [], []
     for n, record in enumerate(tqdm(records, "read", leave=False, delay=2), 1):
         where = f"{file} row {n}"
@@ -987,12 +949,10 @@ def read_row(where, record, folder):
             raise ValueError("no problem and solution, and no turns of one question and its answer")
     json.dumps(used, ensure_ascii=False, allow_nan=False).encode()  # fails at half an emoji
     solution = str(solution)
-    images = record.get("image_path") or record.get("image") or record.get("images") or []
-    images = images if isinstance(images, list) else [images]
-    sign = r"(?i)(?:image|img|pic|photo)\S*\Z|\.(?:png|jpe?g|gif|webp|bmp)\W* \S*\Z"
-    if not images and any(record[x] and re.search(sign, f"{record[x]} {x}") for x in record):
-        raise ValueError("an image under another name than image_path")
-    images = [(folder / str(image)).resolve(strict=True) for image in images]
+    names = [x for x in ("image_path", "image", "images", *record) if record.get(x)]
+    found = [record[x] for x in names if re.match("(?i)ima?g|pic|photo|fig", x)] or [[]]
+    found = found[0] if isinstance(found[0], list) else found[:1]
+    images = [(folder / str(image)).resolve(strict=True) for image in found]
     if problem.count("<image>") not in (0, len(images)) or not all(map(os.path.isfile, images)):
         raise ValueError(f"{len(images)} images: not as many <image> marks, or one is no file")
     # The instruction is cut off where the whole of it stands, and marks if all come first.
@@ -1056,21 +1016,16 @@ def load_model(name, device, dtype, max_pixels):
     if Path(source, "checkpoint").is_dir():
         source += "/checkpoint"
     with using(f"cannot load {source}"):
-        if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-            raise ValueError("no folder, no Hub id (owner/name), none of " + ", ".join(SHORT_NAMES))
         model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         if model.config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
             raise ValueError(f"a {model.config.model_type} model, not qwen2_vl or qwen2_5_vl")
         images = transformers.Qwen2VLImageProcessorPil.from_pretrained(
             source, max_pixels=max_pixels)  # set later, some versions ignore it
         processor = Processor(transformers.AutoTokenizer.from_pretrained(source), images, model)
-        if processor.decode(processor.text_ids(INSTRUCTION)) != INSTRUCTION:
+        if processor.tokenizer.decode(processor.text_ids(INSTRUCTION)) != INSTRUCTION:
             raise ValueError("text does not survive its tokenizer; is tokenizer.json missing?")
     return model.to(device).eval(), processor
 
-CANNOT_SAVE = "cannot save; what was saved is whole. Is the disk full? Mend it, and --resume"
-
-@using(CANNOT_SAVE)
 def save_model(model, processor, folder):
     """Writes an ordinary transformers folder."""
     new = Path(f"{folder}.new")
@@ -1093,9 +1048,7 @@ class MasterAdamW:
 
     A step of 1e-6 vanishes in a bf16 weight near 1, whose neighbours are 0.008 apart. So fp32
     masters are trained, and the model gets them rounded. A gradient moves to its master as soon as
-    backward has made it, so micro-batches add up in fp32.
-    """
-
+    backward has made it, so micro-batches add up in fp32."""
     def __init__(self, model, offload=False):
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p.detach().to("cpu" if offload else p.device, torch.float32, copy=True)
@@ -1105,8 +1058,8 @@ class MasterAdamW:
             p.register_post_accumulate_grad_hook(functools.partial(move_gradient, master))
 
     def step(self, lr):
-        """One update, with the gradients scaled down to MAX_GRAD_NORM → their norm before that."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, MAX_GRAD_NORM).item()
+        """One update, with the gradients scaled down to norm 1 (official) → their norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0).item()
         if not math.isfinite(norm):
             raise UserError(f"the gradient norm is {norm}: try a lower learning rate")
         self.adamw.param_groups[0]["lr"] = lr
@@ -1128,9 +1081,7 @@ class Run:
     """The run folder: config.json, two logs, state.pt (all that resuming needs), reference/ (the
     frozen policy) and checkpoint/ (the policy), both ordinary transformers folders.
 
-    A kill at any moment leaves each file whole. state.pt comes last: it says where to go on.
-    """
-
+    A kill at any moment leaves each file whole. state.pt comes last: it says where to go on."""
     def __init__(self, cfg):
         # step counts all updates. Random numbers are functions of seed and step: no state.
         self.cfg, self.out, self.step, self.stop = cfg, Path(cfg.out), 0, False
@@ -1141,8 +1092,9 @@ class Run:
         if not cfg.resume and {x.name for x in self.out.iterdir()} - {"eval", "config.json.new"}:
             raise UserError(f"{cfg.out} is not empty. Go on with it: --resume; or choose --out")
 
-    def begin(self, data, optimizer):
-        """Once data and model have turned out to be good. data: a fingerprint of all rows."""
+    def begin(self, policy, processor, optimizer, data):
+        """Once model and data have turned out to be good. data: a fingerprint of all rows."""
+        self.policy, self.processor, self.optimizer = policy, processor, optimizer
         self.data, self.sizes = data, {"metrics.jsonl": 0, "samples.jsonl": 0}  # bytes
         state = self.out / "state.pt"
         if state.exists():
@@ -1165,18 +1117,21 @@ class Run:
             f.write(json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n")
         self.sizes[name] = (self.out / name).stat().st_size
 
-    def save(self, policy, processor, optimizer):
-        save_model(policy, processor, self.out / "checkpoint")
-        with using(CANNOT_SAVE), open(self.out / "state.pt.new", "wb") as f:
-            torch.save({"step": self.step, "data": self.data, "sizes": self.sizes,
-                        "masters": optimizer.masters, "adamw": optimizer.adamw.state_dict()}, f)
-        put(f.name, self.out / "state.pt")
+    def save(self, folders=("checkpoint",)):
+        new, optimizer = self.out / "state.pt.new", self.optimizer
+        state = {"step": self.step, "data": self.data, "sizes": self.sizes,
+                 "masters": optimizer.masters, "adamw": optimizer.adamw.state_dict()}
+        with using("cannot save; what was saved is whole. Disk full? Mend it, and --resume"):
+            for folder in folders:
+                save_model(self.policy, self.processor, self.out / folder)
+            torch.save(state, new)
+            put(new, self.out / "state.pt")
 
-    def end_update(self, policy, processor, optimizer):
+    def end_update(self):
         """After each update: count it, save every so often, and stop if asked to."""
         self.step += 1
         if self.stop or self.step % self.cfg.save_every == 0:
-            self.save(policy, processor, optimizer)
+            self.save()
         if self.stop:
             raise KeyboardInterrupt
 
@@ -1202,8 +1157,8 @@ def evaluate(cfg, run, policy, processor, rows, when):
             scores += [score(text, rows[n], cfg)
                        for n, texts in zip(part, sampled.texts) for text in texts]
         if scores:
-            record = {"phase": "evaluation", "name": name, "questions": len(rows)}
-            run.log("metrics.jsonl", record | mean_scores(scores))
+            run.log("metrics.jsonl", {"phase": "evaluation", "name": name, "questions": len(rows),
+                                      **mean_scores(scores)})
 
 LIMITS = {  # low, high; other integers: 1 to 65,536, other numbers: 0 to 100
     "seed": (0, 2**31), "steps": (-1, 1e7), "warmup_steps": (-1, 1e7), "held_out": (0, 1e6),
@@ -1267,14 +1222,13 @@ def set_up(cfg, run):
         cfg.warmup_steps = math.ceil(2 * len(warmup_rows) / cfg.warmup_batch)
     if cfg.steps < 0:
         cfg.steps = math.ceil(len(rows) / cfg.questions) if cfg.data == "shapes" else 13125
-    passes = cfg.steps * cfg.questions / len(rows)
     print(f"{count}\n{cfg.warmup_steps} warm-up updates, then {cfg.steps} of StepGRPO "
-          f"({passes:.1f} passes), {policy.dtype} on {device}")
+          f"({cfg.steps * cfg.questions / len(rows):.1f} passes), {policy.dtype} on {device}")
     if dtype == torch.bfloat16:  # a real model
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.train().gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = MasterAdamW(policy, cfg.offload_optimizer)
     content = [row._replace(where="", images=[file.name for file in row.images]) for row in every]
-    run.begin(zlib.crc32(json.dumps(content).encode()), optimizer)
+    run.begin(policy, processor, optimizer, zlib.crc32(json.dumps(content).encode()))
     return policy, processor, optimizer, splits
 
 def learn(cfg, run):
@@ -1284,15 +1238,14 @@ def learn(cfg, run):
         signal.signal(number, run.ask_to_stop)
     if run.step <= cfg.warmup_steps:  # equal: StepGRPO has not begun
         warm_up(cfg, run, policy, processor, warmup_rows, optimizer)
-        save_model(policy, processor, run.out / "reference")
         optimizer.adamw.state.clear()  # StepGRPO begins without moments
-        run.save(policy, processor, optimizer)
+        run.save(["reference", "checkpoint"])
         evaluate(cfg, run, policy, processor, test_rows, "before")
     reference = None if cfg.beta == 0 else load_model(
         run.out / "reference", policy.device, policy.dtype, cfg.max_pixels)[0]
     if cfg.steps:
         train(cfg, run, policy, reference, processor, rows, optimizer)
-        run.save(policy, processor, optimizer)
+        run.save()
         evaluate(cfg, run, policy, processor, test_rows, "after")
     subprocess.run([sys.executable, HERE / "data" / "report.py", run.out])  # it may fail
     print(f"the policy is in {run.out / 'checkpoint'}")
@@ -1308,8 +1261,6 @@ def main(argv=None):
             learn(cfg, run)
         finally:
             os.close(run.lock)
-            if not any(run.out.iterdir()):
-                run.out.rmdir()
     except UserError as e:
         sys.exit(f"stepgrpo: {e}")
     except torch.OutOfMemoryError:
@@ -1318,7 +1269,7 @@ def main(argv=None):
         sys.exit(f"stepgrpo: {e}. What {cfg.out} holds is whole: mend this, and --resume")
     except KeyboardInterrupt:
         how = f"Go on with: python stepgrpo.py --resume --out {cfg.out}"
-        print("\nstopped.", how if run.out.exists() else "Nothing was begun")
+        print("\nstopped.", how if any(run.out.iterdir()) else "Nothing was begun")
         sys.exit(130)
 
 # ─── 12. The rewards in TRL and verl ──────────────────────────────────────────────────────────────

@@ -175,7 +175,7 @@ def our_updates(model, processor, rows, cfg):
     reference = copy.deepcopy(model).requires_grad_(False)
     records = []
     run = SimpleNamespace(step=cfg.warmup_steps, log=lambda name, record: records.append(record),
-                          end_update=lambda *args: None)
+                          end_update=lambda: None)
     with replaced(sg, "show", lambda *args: None):
         sg.train(cfg, run, model, reference, processor, rows, sg.MasterAdamW(model))
     seconds = [record["seconds"] for record in records]
