@@ -635,7 +635,7 @@ def train(cfg, run, policy, reference, processor, rows, optimizer):
         show(cfg, run, record, batch, sampled.texts, scores, rewards, advantages)
         run.end_update()
 
-# ════════════════════ Details: called by name above. Skip them at first reading. ═══════════════════
+# ═════ Details: called by name above. Skip them at first reading. ════════════════════════════════
 
 # ─── 7. Scores, batches, output ───────────────────────────────────────────────────────────────────
 
@@ -709,7 +709,7 @@ SIGNS = str.maketrans(
 # By name, typed (90 degrees) or as a LaTeX command (90^\circ).
 NAMED = {
     "*": "times|multiplied by|cdot", "/": "divided by", "+": "plus", "-": "minus", "≠": "neq",
-    "√": "sqrt|square root of", "π": "pi", "°": "degrees?|circ", "%": "per ?cent", "∞": "infty",
+    "√": "sqrt", "π": "pi", "°": "degrees?|circ", "%": "per ?cent", "∞": "infty",
     "^2 ": "squared", "=": r"equals|(?:is )?equal to|is(?= +[-\d√π{])"}
 # Nothing else is a unit: '4 sin θ' is not 4 of the unit sin θ. The first name stands for all.
 UNITS = {name + s: names[0] for s in ("", "s") for names in map(str.split, """
@@ -724,7 +724,7 @@ OPENS = r"(?<![\w)\]⦄%°'!$€] )"  # no operand before
 PLAIN = [
     (r"</?\w+ ?/?>", " "),
     (r"[\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe0f\ufeff]", ""),
-    (r"⁻?[⁰¹²³⁴-⁹]+|ⁿ", r"^\g<0> "), (r"[₀-₉]+", r"_\g<0> "),  # x⁴ is x^4
+    (r"⁻?[⁰¹²³⁴-⁹]+", r"^\g<0> "), (r"[₀-₉]+", r"_\g<0> "),  # x⁴ is x^4
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 2½ is 2 1/2
     (r"(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
 BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -733,7 +733,7 @@ LATEX = [
     (r"\$\$|`|\\(?:left|right|q?quad)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
     (r"\$(?! )([^$\n]+)(?<![ \\])\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
     *2 * [(BOX, r" \1 ")],
-    (r"\n\s*(?:[-*•] )?|\\\\", " ; "),  # a bullet
+    (r"\n\s*(?:[-*•] )?", " ; "),  # a bullet
     (r"\\?([$€£¥]) ?(-?[\d.,]*\d)", r"\2 \1 "),  # $5 is 5 $
     (r"\\([%$])", r"\1"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
     (r"\\[dt]?frac(\d)(\d)", r" \1/\2"), (r"\\[dt]?frac ?(?=\{)", " "), (r"\} ?\{", "}/{"),
@@ -743,7 +743,7 @@ LATEX = [
     *3 * [(r"\{ *(-?[\d.]+|[^\W\d]\w*|\W?) *\}", r" \1 "),  # innermost first
           (r"\{([^{}]*,[^{}]*)\}", r" ⦃\1⦄ "), (r"\{([^{}]*)\}", r" (\1) ")]]
 TYPED = [
-    ("<=", "≤"), (">=", "≥"), (r"!=|=/=|(?:not|¬) ?=", "≠"), (r"\|\||//", "∥"),
+    ("<=", "≤"), (">=", "≥"), (r"!=|=/=", "≠"), (r"\|\||//", "∥"),
     (r"(?<!\d)\"|\*\*+", " "),  # not 5"
     (r"[\^*] *\(? ?([°']+) ?\)?", r"\1"),  # 90^{\circ}
     (r"(?<=\d) ?x ?(?=\d)", "*"), (r"(?<=\d) ?: ?(?=\d)", "∶"),

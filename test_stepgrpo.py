@@ -1372,7 +1372,8 @@ def test_a_line_separator_in_a_sampled_text_does_not_shift_the_logs_on_resume(sh
 
     def separated(*args):
         sampled = rollout(*args)
-        return sampled._replace(texts=[[f"a\u2028b\x85c{x}" for x in group] for group in sampled.texts])
+        texts = [[f"a\u2028b\x85c{x}" for x in group] for group in sampled.texts]
+        return sampled._replace(texts=texts)
 
     with varied_rewards(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sg, "rollout", separated)
