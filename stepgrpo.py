@@ -635,7 +635,7 @@ def train(cfg, run, policy, reference, processor, rows, optimizer):
         show(cfg, run, record, batch, sampled.texts, scores, rewards, advantages)
         run.end_update()
 
-# ═════ Details: called by name above. Skip them at first reading. ════════════════════════════════
+# ═════ Details: called by name above. Skip them at first reading. ═════════════════════════════════
 
 # ─── 7. Scores, batches, output ───────────────────────────────────────────────────────────────────
 
@@ -730,7 +730,7 @@ PLAIN = [
 BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
 LATEX = [
     (r"(?:,?\\[,!]|\{,\})(?=\d{3})", ","),  # 1{,}234
-    (r"\$\$|`|\\(?:left|right|q?quad)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
+    (r"\$\$|`|\\(?:left|right|big|q?quad)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
     (r"\$(?! )([^$\n]+)(?<![ \\])\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
     *2 * [(BOX, r" \1 ")],
     (r"\n\s*(?:[-*•] )?", " ; "),  # a bullet
@@ -743,7 +743,7 @@ LATEX = [
     *3 * [(r"\{ *(-?[\d.]+|[^\W\d]\w*|\W?) *\}", r" \1 "),  # innermost first
           (r"\{([^{}]*,[^{}]*)\}", r" ⦃\1⦄ "), (r"\{([^{}]*)\}", r" (\1) ")]]
 TYPED = [
-    ("<=", "≤"), (">=", "≥"), (r"!=|=/=", "≠"), (r"\|\||//", "∥"),
+    ("<=", "≤"), (">=", "≥"), (r"!=|=/=|not ?=", "≠"), (r"\|\||//", "∥"),
     (r"(?<!\d)\"|\*\*+", " "),  # not 5"
     (r"[\^*] *\(? ?([°']+) ?\)?", r"\1"),  # 90^{\circ}
     (r"(?<=\d) ?x ?(?=\d)", "*"), (r"(?<=\d) ?: ?(?=\d)", "∶"),
