@@ -149,9 +149,9 @@ BOX = re.compile(r"\\f?box(?:ed)? ?\{(?:((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}
 # 'The answer to this question is', 'Answer:', '"answer": ', 'I would go with'.
 EXPLICIT = re.compile(
     r"\b(?:answer|option|choice)\b(?! \(?[A-H]\b)(?: (?!is\b)[\w'’-]+){0,8}?"
-    r" is\b:?|\b(?:answer|option|choice)\"? ?[:=]"
-    r"|(?=\(?\b[A-H]\)? is (?:the |most )*(?:correct|right|best)\b)|\bgo with\b"
-    r"|答案[应该是为选]*:?|选[项择]?", re.I)
+    r" (?:is|(?:would|must|should) be)\b:?|\b(?:answer|option|choice)\"? ?[:=]"
+    r"|(?=\(?\b[A-H]\)? is (?:the |most )*(?:correct|right|best)\b)|答案[应该是为选]*:?|选[项择]?"
+    r"|\bI(?: would|['’]d)? (?:go with|choose|pick|select)\b", re.I)
 ALL_OPTIONS = re.compile(r"\W*A[).:][^\n]{0,200}?(?<!ption)(?:\n\W*|[ (]+)B[).:]")
 # After 'C.' and after a line 'C' no sentence ends.
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)\s+(?=[^a-z])|(?<!^[A-H])\n+", re.M)
@@ -199,11 +199,12 @@ def statements(response):
     return [text[:1000] for text in texts if text]
 
 VERB = re.compile(
-    r"\b(?:is|are|was|were|be|had|has|have|(?<!not )equals?)\b"
+    r"\b(?:is|are|was|were|be|had|has|have|(?<!not )(?:equals?|(?:rose|fell|grew"
+    r"|(?!compar|exceed)\w+ed)(?: (?:to|by|for|at))?(?= \W?\d)))\b"
     r"|[是为]|(?<![<>≤≥!])=|:(?=\s)", re.I)
 CLAUSE = re.compile(
     r",? (?:because|since|which|while|although|but|(?<!left )with|when|where|compared|rounded)\b"
-    r"|[,.;] (?:as|and|based|not)\b"
+    r"|[,.;] (?:as|and|according|followed|indicating|based|not)\b"
     r"|\s\((?=(?:[a-z]{2}|[\d.]+%?\))[^=]*\Z)", re.I)
 LEAD = re.compile(r"\A(?:according|based|after|from|in|as|so|thus|hence|therefore)\b[^,]*, ", re.I)
 # What 'which is' adds; the option at the end, or the one number of 'So, Ruth pays $13 for it',
@@ -227,9 +228,15 @@ def stem(word):
     """'Objects,' → obje; 2,014 → 2014."""
     return re.sub(r"(?<=[a-z]{4})[\w'’]+|\W", "", word.lower())
 
-def forms(text):
+def added(text, question):
+    """What a sentence adds to the words of a question: 'France', to 'had the most visitors'."""
+    known = {*map(stem, question.split()), *FILLER}
+    new = [word.span() for word in re.finditer(r"\S+", text) if stem(word[0]) not in known]
+    return text[new[0][0]:new[-1][1]] if new and question else ""
+
+def forms(text, question=""):
     """What a statement may say: the whole of it; the same without its trailing clause; what
-    stands after the last verb of that, or after the first; LATE.
+    stands after the last verb of that, or after the first; what it adds to the question; LATE.
 
     After the verb stands the claim. So it does not matter that the subject compares or denies:
     'The difference between 2012 and the year not shown is 5, with 3 left out' says 5.
@@ -240,7 +247,7 @@ def forms(text):
     clause = CLAUSE.search(text, verb.end() if verb else 1)
     short = text[:clause.start()] if clause else text
     after = (VERB.split(short, most)[-1] for most in (0, 1))
-    found = map(bare, (text, short, *after, *late))
+    found = map(bare, (text, short, *after, added(short, question), *late))
     return list(filter(None, dict.fromkeys(found)))
 
 # Numbers are read from the tokens of `canonical`: '2 √ 3', '-3', '5 ~cm', '1 ∶ 4'. A number is a
@@ -253,8 +260,8 @@ NUMBER_WORDS = {word: str(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve".split())}
 SCALES = {"%": 0.01, "k": 1e3, "thousand": 1e3, "m": 1e6, "million": 1e6, "b": 1e9, "bn": 1e9,
           "billion": 1e9}
-ABOUT = re.compile(r"\A(?:(?:about|approximately|around|roughly|nearly|almost|only|the|at|to"
-                   r"|≈|~|an? (?:\w+ ){1,3}of) )+")
+ABOUT = re.compile(r"\A(?:(?:about|approximately|around|roughly|nearly|almost|exactly|only|just"
+                   r"|now|the|at|to|≈|~|an? (?:\w+ ){1,3}of) )+")
 # What may follow a number: words and years, and after a comma anything but a number. 'or', 'than'
 # and 'sin' make it a choice, a comparison or a formula.
 FOLLOWS = re.compile(
@@ -354,14 +361,14 @@ def chosen(text, options, question=""):
 
     A letter alone is a letter, even where the options are letters themselves.
     """
-    for form in forms(text):
+    for form in forms(text, question):
         if letters := leading_letters(form, options) or matching(form, options):
             return letters
     return matching(yes_or_no(text, question), options)
 
 YES_NO = re.compile(
     r"\W*(?:(?P<yes>yes|yeah|(?:true|correct|right)(?=\W*\Z|[.,;:!])|是的?|对|正确)"
-    r"|no(?:pe)?(?! (?:doubt|idea))"
+    r"|no(?:pe)?(?! (?:doubt|idea|information|answer|clear))"
     r"|(?:false|incorrect|wrong|not (?:true|correct|right|yes))(?=\W*\Z|[.,;:!])"
     r"|不是|不对|不正确|否|错误?)(?![a-z])", re.I)
 
@@ -409,14 +416,14 @@ NAME = re.compile(r"(?:\A|[,;]|\band\b)[^=,;]*\b([A-Za-z]{1,2})\W*=")
 def grade_value(response, gold, question, equal, plain):
     """A number if the right answer is one; else a text or a list."""
     def says(text):
-        return any(same(form, gold) for form in forms(text))
+        return any(same(form, gold) for form in forms(text, question))
 
     def numbers(text):
         # y = -3 is not x = -3, and 'a = 7, b = 5' states none.
         if len({*NAME.findall(gold), *NAME.findall(text)}) > 1:
             return []
         # Of '2π/3 ≈ 2.094' either side counts.
-        found = ((read_number(form, loose=True) for form in forms(side))
+        found = ((read_number(form, loose=True) for form in forms(side, question))
                  for side in re.split(r"≈|\\approx", text, maxsplit=2))
         return [number for side in found if (number := next(filter(None, side), None))]
 
@@ -566,7 +573,7 @@ def find_file(name, given):
         torch.hub.download_url_to_file(url, new)
         md5 = hashlib.md5(new.read_bytes()).hexdigest()
         if md5 != b.md5:
-            raise ValueError(f"its MD5 is {md5}, and should be {b.md5}")
+            raise ValueError(f"its MD5 is {md5}, not {b.md5}")
         put(new, files[0])
     return files[0]
 
@@ -583,7 +590,7 @@ def read_rows(name, file):
                 if None in row or None in row.values():
                     raise ValueError("it has more or fewer cells than the header")
                 if row["index"] in rows:
-                    raise ValueError(f"another row has its index, {row['index']}")
+                    raise ValueError(f"a second row has index {row['index']}")
                 score(name, row, "")
                 units_of(name, row, 0)
                 rows[row["index"]] = row
@@ -650,7 +657,7 @@ def read_predictions(file):
     of lmms-eval, with doc_id and filtered_resps.
     """
     if file.suffix == ".xlsx":
-        raise UserError(f"{file}: save it as .csv, e.g. by pandas.read_excel(...).to_csv(...)")
+        raise UserError(f"{file}: save it as .csv")
     found = {}
     with using(file), open(file, encoding="utf-8-sig", newline="") as f:
         if file.suffix == ".json":
@@ -667,7 +674,7 @@ def read_predictions(file):
                 while isinstance(response, list):
                     response = response[0] if response else None
                 if index in found:
-                    raise ValueError(f"another record has its index, {index}")
+                    raise ValueError(f"a second record has index {index}")
                 found[index] = "" if response is None else str(response)
     return found
 
@@ -772,7 +779,7 @@ def parse_arguments(argv):
     if wrong := [name for name in args.benchmarks if name not in BENCHMARKS]:
         raise UserError(f"no benchmark {', '.join(wrong)}; there are {', '.join(BENCHMARKS)}")
     if args.predictions and len(args.benchmarks) != 1:
-        raise UserError("--predictions is of one benchmark: name it with --benchmarks")
+        raise UserError("--predictions needs one name in --benchmarks")
     if min(args.batch_size, args.max_new_tokens, args.limit + 1) < 1:
         raise UserError("numbers must be positive")
     return args
@@ -780,7 +787,7 @@ def parse_arguments(argv):
 def use_tiny(args):
     """--model tiny: the run of `python stepgrpo.py`, and miniatures as data."""
     if not Path("runs/tiny/checkpoint").is_dir():
-        raise UserError("run python stepgrpo.py first, four to six minutes: there is no runs/tiny")
+        raise UserError("there is no runs/tiny: run python stepgrpo.py first")
     args.model = "runs/tiny"
     args.max_new_tokens = min(args.max_new_tokens, TINY["max_new_tokens"])  # as in training
     if not args.data:
@@ -834,7 +841,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         sys.exit("eval: out of memory. Try a smaller --batch-size")
     except OSError as e:
-        sys.exit(f"eval: cannot read or write: {e}. The responses so far are kept")
+        sys.exit(f"eval: {e}. The responses so far are kept")
     except KeyboardInterrupt:
         print("\nstopped. The same command goes on from here")
         sys.exit(130)

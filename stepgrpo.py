@@ -65,9 +65,8 @@ class UserError(Exception):
 
 # ─── 1. Config ────────────────────────────────────────────────────────────────────────────────────
 
-SHORT_NAMES = {
-    **{name: f"Qwen/{name}-Instruct" for name in ("Qwen2-VL-2B", "Qwen2-VL-7B", "Qwen2.5-VL-3B")},
-    **{name: f"jingyiZ00/{name}" for name in ("R1-VL-2B", "R1-VL-7B")}}
+SHORT_NAMES = {x: f"Qwen/{x}-Instruct" for x in ("Qwen2-VL-2B", "Qwen2-VL-7B", "Qwen2.5-VL-3B")}
+SHORT_NAMES |= {x: f"jingyiZ00/{x}" for x in ("R1-VL-2B", "R1-VL-7B")}
 
 def knob(default, help):
     return field(default=default, metadata={"help": help})
@@ -704,38 +703,37 @@ def show(cfg, run, record, batch, texts, scores, rewards, advantages):
 # A reward must never pay a wrong answer. So only what is surely the same gets one spelling; what is
 # not understood stays in the text and makes it different. Nothing is evaluated.
 SIGNS = str.maketrans(
-    dict(zip("−–×·⋅÷⁄≦⩽≧⩾∼⇒’‘′“”", "--***//≤≤≥≥~→'''\"\"")) | {"—": ";"}
+    dict(zip("−–×·⋅∗∙÷∕⁄∆≦⩽≧⩾∼∣⇒’‘′“”", "--*****///δ≤≤≥≥~|→'''\"\"")) | {"—": ";"}
     | {"∛": "√[3]"} | dict.fromkeys("∠∡", " angle ") | dict.fromkeys("△▵", " triangle "))
 # By name, typed (90 degrees) or as a LaTeX command (90^\circ).
 NAMED = {
     "*": "times|multiplied by|cdot", "/": "divided by", "+": "plus", "-": "minus", "≠": "neq",
-    "√": "sqrt", "π": "pi", "°": "degrees?|circ", "%": "per ?cent", "∞": "infty",
+    "√": "sqrt|square root of", "π": "pi", "°": "degrees?|circ", "%": "per ?cent", "∞": "infty",
     "^2 ": "squared", "=": r"equals|(?:is )?equal to|is(?= +[-\d√π{])"}
 # Nothing else is a unit: '4 sin θ' is not 4 of the unit sin θ. The first name stands for all.
 UNITS = {name + s: names[0] for s in ("", "s") for names in map(str.split, """
     m meter metre; cm centimeter centimetre; mm millimeter; km kilometer; in inch inche; mi mile;
-    ft foot feet; g gram; kg kilogram; lb pound; l liter litre; ml; s sec second; min minute;
-    h hr hour; day; week; month; year; rad radian; mph; °; $ dollar; cent ¢; € euro; ¥ yen; £; unit
-    """.split(";")) for name in names}
+    ft foot feet; yd yard; g gram; kg kilogram; oz ounce; lb pound; l liter litre; ml; s sec second;
+    min minute; h hr hour; day; week; month; year; mph; °; rad radian; $ dollar; cent ¢; € euro;
+    ¥ yen; £; unit""".split(";")) for name in names}
 UNIT = rf"(?:{'|'.join(map(re.escape, UNITS))})(?: \^ [23])?"
 OPENS = r"(?<![\w)\]⦄%°'!$€] )"  # no operand before
 
 # Rules: a pattern, its replacement, and what it is for. The order counts.
 PLAIN = [
-    (r"</?\w+ ?/?>", " "),
+    (r"(?i)</?(?:br|[bip]|answer|conclusion)[ /]*>", " "), ("º", "°"),
     (r"[\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe0f\ufeff]", ""),
-    (r"⁻?[⁰¹²³⁴-⁹]+", r"^\g<0> "), (r"[₀-₉]+", r"_\g<0> "),  # x⁴ is x^4
+    (r"⁻?[⁰¹²³⁴-⁹ⁿ]+", r"^\g<0> "), (r"[₀-₉]+", r"_\g<0> "),  # x⁴ is x^4
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # 2½ is 2 1/2
     (r"(?<=[^\W\d_])-(?=[a-z]{2})", "‐")]  # co-interior: no minus
-BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{[^{}]*\})*)\}"
+BOX = r"\\(?:boxed|text\w*|math\w+) ?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 LATEX = [
     (r"(?:,?\\[,!]|\{,\})(?=\d{3})", ","),  # 1{,}234
-    (r"\$\$|`|\\(?:left|right|big|q?quad)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
+    (r"\$\$|`|\\(?:left|right|big|displaystyle|q?quad)\b|\\[,;:!()\[\] ]|(?<=\S)~", " "),
     (r"\$(?! )([^$\n]+)(?<![ \\])\$(?!\d)", r" \1 "),  # $x$, not $5 and $6
-    *2 * [(BOX, r" \1 ")],
-    (r"\n\s*(?:[-*•] )?", " ; "),  # a bullet
+    *2 * [(BOX, r" \1 ")], (r"\n\s*(?:[-*•] |\(?\d[.)] (?=[^\W\d]))?|\\\\", " ; "),  # bullets
     (r"\\?([$€£¥]) ?(-?[\d.,]*\d)", r"\2 \1 "),  # $5 is 5 $
-    (r"\\([%$])", r"\1"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
+    (r"\\([%$&#_|])", r"\1"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
     (r"\\[dt]?frac(\d)(\d)", r" \1/\2"), (r"\\[dt]?frac ?(?=\{)", " "), (r"\} ?\{", "}/{"),
     *((rf"(?:\\|(?<![a-z]))(?:{names})(?![a-z])", f" {sign}") for sign, names in NAMED.items()),
     # HTML's entities have LaTeX's names: \leq is &leq; is ≤.
@@ -743,11 +741,11 @@ LATEX = [
     *3 * [(r"\{ *(-?[\d.]+|[^\W\d]\w*|\W?) *\}", r" \1 "),  # innermost first
           (r"\{([^{}]*,[^{}]*)\}", r" ⦃\1⦄ "), (r"\{([^{}]*)\}", r" (\1) ")]]
 TYPED = [
-    ("<=", "≤"), (">=", "≥"), (r"!=|=/=|not ?=", "≠"), (r"\|\||//", "∥"),
+    ("<=", "≤"), (">=", "≥"), (r"!=|=/=|(?:not|¬) ?=", "≠"), (r"\|\||//", "∥"),
     (r"(?<!\d)\"|\*\*+", " "),  # not 5"
     (r"[\^*] *\(? ?([°']+) ?\)?", r"\1"),  # 90^{\circ}
     (r"(?<=\d) ?x ?(?=\d)", "*"), (r"(?<=\d) ?: ?(?=\d)", "∶"),
-    (r"(?<![\d.,(\[|⦃])\d{1,3}(?:,\d{3})+(?!,?\d)",
+    (r"(?<![\d.,(\[|⦃])\d{1,3}(?:,\d{3})+(?!,?\d| ?⟩)",
      lambda m: m[0].replace(",", ""))]  # 1,234, not (1,234)
 # A number, perhaps with a letter; a Greek letter; a word; any other sign.
 TOKEN = re.compile(
@@ -761,7 +759,7 @@ GRAMMAR = [
     (rf"{OPENS}\( (-? ?√? ?(?:[\d.]+|[^\W\d]\w*)) \)(?! [\^!])", r"\1"),  # not f(3)
     (rf"{OPENS}(?<![\^√/] )\( ([\w. √]+) \)(?= /)", r"\1"),  # (2√3)/5
     (r"(?<=[\d)]) \( (\d[\d.]*) \)", r" * \1"),  # 7(3)
-    (r"(?<=[\d)π]) \*(?= [√(α-ω]| [a-z] )", ""), (r"(?<=\d) (?=[b-z] )", "")]  # 2x
+    (r"(?<=[\d)π]) \*(?= [√(α-ω]| [a-z] | sin| cos| tan)", ""), (r"(?<=\d) (?=[b-z] )", "")]  # 2x
 
 def replace(rules, text):
     for pattern, new in rules:
@@ -789,9 +787,9 @@ def has_content(text):
 WRAPPED = re.compile(rf"{BOX}|\\[(\[](.*)\\[)\]]|\$([^$]*)\$|[\"“']([^\"']*)[\"”']", re.S)
 ASIDE = [
     (r"(?is)(?<=\S)(?:[,;.(\s]{1,3}(?:because|since)|[,;.(\n][\s*]{,4}(?:as|this|note|reason"
-     r"|expl\w+))\b.*", ""),
-    (r"(?i)\A[\s:=*`_]*(?:(?:so|thus|hence|therefore|\w+ly(?=,)|the|my|final|correct|ans|answer"
-     r"|option|choice|is)\b[\s,:*]*)*(?=\S)", ""),
+     r"|expl\w+)|, which(?! is [nwi])| is correct(?=\W*$))\b.*", ""),
+    (r"(?i)\A[\s:=*`_]*(?:(?:so|thus|hence|therefore|the|my|final|correct|ans|answer|option|choice"
+     r"|result|solution|is|[ws]h?ould be)\b[\s,:*]*)*(?=\S)", ""),
     (r"(?<![\s*`_.])[\s*`_.]+\Z", "")]
 
 @functools.lru_cache(8192)
@@ -809,10 +807,11 @@ def final_answer(text):
 
 # 'C', '(C)', 'C. 58', 'option C', 'Yes, the bars differ'; not 'A dog', 'A, B', 'A or C'.
 CHOICE = re.compile(
-    r"(?:\(? ?([a-h]|yes|no|true|false)(?: ?\)|(?=[.,:;\n]|\Z))[.,:;)]*(?!\S)"
-    r"(?!.*(?<!°)(?-i:\b[A-H]\b(?! [a-z]))))?(.*)", re.I | re.S)
+    r"(?:\(? ?([a-h]|yes|no|true|false)(?: ?\)|(?=\s?—|[.,:;\n]|\Z))[.,:;)]*"
+    r"(?![^\s—])(?!.*(?:\bor\b|\([a-h]\)|(?<!°)(?-i:\b[A-H]\b(?! [a-z]))"
+    r"|(?<!\b[A-H][.:)] )\b(?:yes|no|true|false)\W*\Z)))?(.*)", re.I | re.S)
 NEGATION = r" (?:not?|non|none|nothing|never|without|cannot|neither|nor|≠|\w+n't) "
-NAME = re.compile(r"[^\W\d][\w' ]*")
+NAME = re.compile(r"(?:(?:angle \d+|[^\W\d][\w']*)(?: |\Z)){1,7}(?:\( [\w' ,]+ \))?")
 NUMBER = re.compile(r"(?:\( )?(-?)(?:(\d+) (?=\d+ / ))?"  # sign, whole of a mixed number, rest
                     r"(\d+(?: / \d*[1-9]\d*|(?:\.\d+)?(?:e-?\d{1,3})?))(?: \))?")
 
@@ -820,18 +819,19 @@ def read_answer(text):
     """'(C) 58' → ('c', '', 58, None), 'x = 10/2 = 5 cm' → ('', 'x', 5, '~cm'): choice, name, value,
     unit. Of a chain of equalities the last side counts, if the others only compute it."""
     choice, text = CHOICE.fullmatch(undecorated(text or "")).groups("")
-    text = canonical(text)
+    text = re.sub(r"^\( ([^(),]*) \)$", r"\1", canonical(text))
     name, (*sides, value) = "", text.split(" = ")
-    while sides and NAME.fullmatch(sides[0]) and not re.search(NEGATION, f" {sides[0]} "):
+    if sides and NAME.fullmatch(sides[0]) and not re.search(NEGATION, f" {sides[0]} "):
         name, *sides = sides
-    work = re.sub(r" ~\S+|\b(?:sin|cos|tan|of) ", "", " = ".join(sides))
-    # A letter but π, and a sign like '<', say more than a computation.
-    if not re.search(r"[\dπ]", value) or re.search(r"[<>≤≥≠≈,;]|[^\W\dπ]", work):
+    work = re.sub(r" ~\S+|\b(?:sin|cos|tan|of|angle) ", "", " = ".join(sides))
+    # '3 or x', '2 y' and '<' say more than a computation. Without a name any letter does.
+    more = r"[\w)%] (?:[^\W\d]{2,}|[^\W\drdπ]\Z)|\d[a-z]\Z" if name else r"[^\W\dπ]"
+    if not re.search(r"[\dπ]", value) or re.search(rf"[<>≤≥≠≈,;]|{more}", work):
         name, value = "", text
     value, unit = re.fullmatch(r"(.*?)(?: (%|~\S+))?", value).groups()
     if match := NUMBER.fullmatch(value.replace(" * 10 ^ ", "e").replace(" million", "e6")):
-        size = Fraction(match[2] or 0) + Fraction(match[3].replace(" ", ""))
-        value = -size if match[1] else size
+        value = Fraction(match[2] or 0) + Fraction(match[3].replace(" ", ""))
+        value = -value if match[1] else value
     return choice.lower(), name, value, unit
 
 def same_answer(a, b):
@@ -860,10 +860,10 @@ def parse_key_steps(value):
         raise ValueError(f"key steps: no list of texts: {str(value)[:200]}")
     return groups
 
-DENIED = re.compile(NEGATION + r"(?:[^ .,;:!?→]+ ){0,2}\Z")  # in the same clause
-PART = r"[*/^√‐_%±∶]|or|dozen|hundred|thousand|[mb]illion|log|ln"
+DENIED = re.compile(NEGATION + r"(?:(?!but )[^ .,;:!?→]+ ){0,2}\Z")  # in the same clause
+PART = r"[*/^√‐_%±∶]|or|dozen|hundred|thousand|[mb]illion|log|ln|mod"
 # An equation goes on with a unit, a number, an operator, a variable, a function.
-MORE = rf"{PART}|[~\d+°!∪∩-]\S*|(?![ai] )[^\W\d]|sin|cos|tan|cot|more|less"
+MORE = rf"{PART}|[~\d+°!∪∩-]\S*|(?![ai] )[^\W\d]|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|more|less"
 
 def says(step, form):
     """Whether a step states a form, both canonical. Not if its clause denies it, or "or" offers
@@ -874,7 +874,7 @@ def says(step, form):
     part, pattern = PART, re.escape(form)
     if re.search("[=<>≤≥≈]", form):
         part = MORE
-        pattern = re.sub(r"(\S+)( ~\S+)?", with_or_without_unit, form)
+        pattern = r"(?<!\) )" + re.sub(r"(\S+)( ~\S+)?", with_or_without_unit, form)
     for match in re.finditer(rf"(?<= ){pattern} ", f" {step} "):
         head, tail = match.string[:match.start()][-60:], match.string[match.end():]
         tied = re.search(rf" (?:{part}) \Z", head) or re.match(rf"(?:[(\[|] )?(?:{part}) ", tail)
@@ -949,10 +949,11 @@ def read_row(where, record, folder):
             raise ValueError("no problem and solution, and no turns of one question and its answer")
     json.dumps(used, ensure_ascii=False, allow_nan=False).encode()  # fails at half an emoji
     solution = str(solution)
-    names = [x for x in ("image_path", "image", "images", *record) if record.get(x)]
-    found = [record[x] for x in names if re.match("(?i)ima?g|pic|photo|fig", x)] or [[]]
-    found = found[0] if isinstance(found[0], list) else found[:1]
-    images = [(folder / str(image)).resolve(strict=True) for image in found]
+    sign = r"(?i)(?:image|img|picture|photo)\S*\Z|\.(?:png|jpe?g|gif|webp|bmp)\W* \S*\Z"
+    names = [x for x in ("image_path", "image", "images") if record.get(x)][:1]
+    names = names or [x for x in record if record[x] and re.search(sign, f"{record[x]} {x}")]
+    files = [record[x] if isinstance(record[x], list) else [record[x]] for x in names]
+    images = [(folder / str(file)).resolve(strict=True) for file in sum(files, [])]
     if problem.count("<image>") not in (0, len(images)) or not all(map(os.path.isfile, images)):
         raise ValueError(f"{len(images)} images: not as many <image> marks, or one is no file")
     # The instruction is cut off where the whole of it stands, and marks if all come first.
@@ -1015,7 +1016,7 @@ def load_model(name, device, dtype, max_pixels):
     source = str(from_shapes("tiny") if name == "tiny" else SHORT_NAMES.get(name, name))
     if Path(source, "checkpoint").is_dir():
         source += "/checkpoint"
-    with using(f"cannot load {source}"):
+    with using(f"cannot load {source} (short names are {', '.join(SHORT_NAMES)})"):
         model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         if model.config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
             raise ValueError(f"a {model.config.model_type} model, not qwen2_vl or qwen2_5_vl")
@@ -1121,7 +1122,7 @@ class Run:
         new, optimizer = self.out / "state.pt.new", self.optimizer
         state = {"step": self.step, "data": self.data, "sizes": self.sizes,
                  "masters": optimizer.masters, "adamw": optimizer.adamw.state_dict()}
-        with using("cannot save; what was saved is whole. Disk full? Mend it, and --resume"):
+        with using(f"cannot save {new}; what was saved is whole. Disk full? Mend, and --resume"):
             for folder in folders:
                 save_model(self.policy, self.processor, self.out / folder)
             torch.save(state, new)
@@ -1204,7 +1205,7 @@ def set_up(cfg, run):
     frame, sizer = len(processor.text_ids(around, layout=True)), processor.image_processor
     for row in tqdm(every, "check", leave=False, delay=2):
         with using(row.where, complaints):
-            size = frame + len(processor.text_ids(row.problem))
+            size = frame + len(processor.text_ids(row.problem.replace("<image>", "")))
             for file in row.images:
                 with Image.open(file, formats=FORMATS) as image:  # reads the header only
                     patches = sizer.get_number_of_image_patches(image.height, image.width)
@@ -1224,7 +1225,7 @@ def set_up(cfg, run):
         cfg.steps = math.ceil(len(rows) / cfg.questions) if cfg.data == "shapes" else 13125
     print(f"{count}\n{cfg.warmup_steps} warm-up updates, then {cfg.steps} of StepGRPO "
           f"({cfg.steps * cfg.questions / len(rows):.1f} passes), {policy.dtype} on {device}")
-    if dtype == torch.bfloat16:  # a real model
+    if dtype == torch.bfloat16:  # a real model; only in train mode its vision tower recomputes
         policy.train().gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = MasterAdamW(policy, cfg.offload_optimizer)
     content = [row._replace(where="", images=[file.name for file in row.images]) for row in every]
@@ -1269,7 +1270,7 @@ def main(argv=None):
         sys.exit(f"stepgrpo: {e}. What {cfg.out} holds is whole: mend this, and --resume")
     except KeyboardInterrupt:
         how = f"Go on with: python stepgrpo.py --resume --out {cfg.out}"
-        print("\nstopped.", how if any(run.out.iterdir()) else "Nothing was begun")
+        print("\nstopped.", how if (run.out / "config.json").exists() else "Nothing was begun")
         sys.exit(130)
 
 # ─── 12. The rewards in TRL and verl ──────────────────────────────────────────────────────────────
