@@ -255,6 +255,14 @@ def assert_recorded_logps_are_naive(model, processor, prompts, sampled, temperat
             expected = naive_logps(model, processor, prompt, own, temperature).cpu()
             assert torch.allclose(logp, expected, atol=1e-4), (logp - expected).abs().max()
 
+@pytest.fixture(autouse=True)
+def no_page(request, monkeypatch):
+    """The page of a run takes a process of seconds: only where a test is about it."""
+    run = subprocess.run
+    if "page" not in request.node.name:
+        monkeypatch.setattr(subprocess, "run", lambda command, **more: (
+            more or "report.py" not in str(command)) and run(command, **more))
+
 def run_main(*flags):
     """main() as from the command line → its exit: 0, 130, or the line it stops with."""
     try:
@@ -1219,10 +1227,8 @@ def assert_same_run(a, b):
     for part in ("checkpoint", "reference"):
         name = f"{part}/model.safetensors"
         assert (a / name).read_bytes() == (b / name).read_bytes()
-    states = [torch.load(run / "state.pt", weights_only=True) for run in (a, b)]
-    for state in states:
-        state.pop("sizes")  # of logs that hold seconds
-    assert same(*states)
+    states = (torch.load(run / "state.pt", weights_only=True) for run in (a, b))
+    assert same(*(state | {"sizes": None} for state in states))  # of logs that hold seconds
     assert not [file for file in b.iterdir() if file.name.endswith(".new")]
 
 def test_a_run_trains_and_logs_every_update(straight):
@@ -1260,11 +1266,10 @@ def test_a_run_is_repeated_by_its_seed_and_differs_by_another(straight, shapes_s
     assert metrics(tmp_path / "other")[0] != metrics(straight)[0]
 
 def test_each_seed_draws_weights_of_its_own(shapes_set, tmp_path):
-    first = {}
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        cfg = sg.parse_config(run_flags(tmp_path / name, shapes_set, seed=seed))
-        first[name] = sg.set_up(cfg, sg.Run(cfg))[0].lm_head.weight
-    assert torch.equal(first["a"], first["b"]) and not torch.equal(first["a"], first["c"])
+    runs = [sg.parse_config(run_flags(tmp_path / name, shapes_set, seed=int(name[0])))
+            for name in ("0", "0 again", "1")]
+    a, b, c = (sg.set_up(cfg, sg.Run(cfg))[0].lm_head.weight for cfg in runs)
+    assert torch.equal(a, b) and not torch.equal(a, c)
 
 @pytest.mark.parametrize("phase, step, number", [
     ("StepGRPO", 3, signal.SIGINT), ("warm-up", 1, signal.SIGTERM), ("warm-up", 2, signal.SIGHUP)])
@@ -1349,12 +1354,9 @@ def test_other_settings_or_other_data_on_resume_are_one_line(straight, shapes_se
 def test_resume_restores_the_masters_of_bf16_weights(shapes_set, tmp_path):
     model = sg.from_shapes("tiny")  # as a folder, so that it is not made anew in fp32
     flags, load = dict(lr=1e-5, warmup_steps=0, model=model), sg.load_model
-
-    def load_bf16(name, device, dtype, max_pixels):
-        return load(name, device, torch.bfloat16, max_pixels)
-
     with varied_rewards(), pytest.MonkeyPatch.context() as patch:  # as on CUDA
-        patch.setattr(sg, "load_model", load_bf16)
+        patch.setattr(sg, "load_model", lambda name, device, dtype, pixels: load(
+            name, device, torch.bfloat16, pixels))
         for name in ("whole", "run"):
             with at_log("StepGRPO", 3) if name == "run" else contextlib.nullcontext():
                 run_main(*run_flags(tmp_path / name, shapes_set, **flags))
@@ -1416,8 +1418,7 @@ def test_ctrl_c_in_a_terminal_saves_and_a_second_run_is_refused(shapes_set, tmp_
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
     assert f"--resume --out {out}" in printed and "Traceback" not in printed
-    state = torch.load(out / "state.pt", weights_only=True)
-    assert state["step"] == len(metrics(out)) > 0
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == len(metrics(out)) > 0
 
 def test_an_existing_folder_is_never_overwritten(straight, shapes_set, tmp_path):
     out = tmp_path / "run"
@@ -1499,9 +1500,8 @@ def test_a_non_finite_loss_stops_before_the_update(value, straight, shapes_set, 
 
 def test_a_page_that_cannot_be_written_is_a_warning(straight, shapes_set, tmp_path, capfd):
     out = tmp_path / "run"
-    with varied_rewards():
-        with at_log("StepGRPO", 4, lambda: (out / "report.html.new").mkdir()):
-            assert run_main(*run_flags(out, shapes_set)) == 0
+    with varied_rewards(), at_log("StepGRPO", 4, lambda: (out / "report.html.new").mkdir()):
+        assert run_main(*run_flags(out, shapes_set)) == 0
     (out / "report.html.new").rmdir()
     assert "report: " in capfd.readouterr().err
     assert_same_run(straight, out)
