@@ -172,10 +172,10 @@ def split_sections(text):
 # ─── 3. Rewards, advantages, objective ────────────────────────────────────────────────────────────
 
 def earned_key_steps(text, key_steps, reference=None):
-    """For each of the K key-step groups, the index of the first step that states it, or None.
+    """For each of the K key-step groups, the index of the step that earns it, or None.
 
-    One step earns at most max(2, ceil(K/3)) groups, or as many as the densest step of a reference
-    path (ours). Without this cap the best policy would be one step that lists all key words."""
+    The first step that states it, but one step earns at most max(2, ceil(K/3)) groups, or as many
+    as the densest step of a reference path (ours): else one list of all key words would be best."""
     groups = parse_key_steps(key_steps)
     densest = max(map(len, stated_key_steps(reference or "", groups)), default=0)
     cap = max(2, math.ceil(len(groups) / 3), densest)
