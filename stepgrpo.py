@@ -174,7 +174,7 @@ def split_sections(text):
 def earned_key_steps(text, key_steps, reference=None):
     """For each of the K key-step groups, the index of the step that earns it, or None.
 
-    The first step that states it, but one step earns at most max(2, ceil(K/3)) groups, or as many
+    It is the first that states it. But one step earns at most max(2, ceil(K/3)) groups, or as many
     as the densest step of a reference path (ours): else one list of all key words would be best."""
     groups = parse_key_steps(key_steps)
     densest = max(map(len, stated_key_steps(reference or "", groups)), default=0)
